@@ -1,0 +1,228 @@
+"""The genotype: which two operations each node of the two cells takes, and what a cell hands on.
+
+A genotype is plain data (section 2.4 of arXiv:1806.09055). Nodes are numbered as in the official
+code: 0 and 1 are a cell's inputs (the outputs of the cell before the last and of the last cell),
+2 is the first intermediate node.
+"""
+
+import ast
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+
+from dartsl.errors import UserError, unknown
+
+Edge = tuple[str, int]
+
+_FIELDS = ("normal", "normal_concat", "reduce", "reduce_concat")
+_TARGET = "dartsl.genotype.Genotype"
+_MAX_TEXT = 100_000  # characters; the largest published genotype has under 1,000
+
+
+@dataclass(frozen=True)
+class Genotype:
+    """A normal and a reduction cell.
+
+    Attributes:
+        normal: (primitive, source) pairs of the normal cell, two per intermediate node, in the
+            order of their publication.
+        normal_concat: the nodes whose concatenation is the normal cell's output.
+        reduce: the same for the reduction cell.
+        reduce_concat: the same for the reduction cell.
+
+    Raises:
+        UserError: where an edge or a concatenation names a node that does not exist.
+    """
+
+    normal: tuple[Edge, ...]
+    normal_concat: tuple[int, ...]
+    reduce: tuple[Edge, ...]
+    reduce_concat: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for cell in ("normal", "reduce"):
+            edges = _checked_edges(cell, getattr(self, cell))
+            concat = _checked_concat(cell, getattr(self, f"{cell}_concat"), len(edges) // 2)
+            object.__setattr__(self, cell, edges)
+            object.__setattr__(self, f"{cell}_concat", concat)
+
+    @property
+    def primitives(self) -> frozenset[str]:
+        """Names of the primitives that occur in either cell."""
+        return frozenset(primitive for primitive, _ in self.normal + self.reduce)
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read a genotype from text: the official code's notation, or the project's yaml.
+
+        The official notation may stand anywhere in a line of a log, e.g.
+        `genotype = Genotype(normal=[('sep_conv_3x3', 1), ...], normal_concat=range(2, 6), ...)`.
+        Only literals and `range` are understood; nothing is ever evaluated.
+
+        Raises:
+            UserError: where the text holds no genotype.
+        """
+        if len(text) > _MAX_TEXT:
+            raise UserError(f"A genotype is at most {_MAX_TEXT:,} characters, not {len(text):,}.")
+        _, call, rest = text.partition("Genotype(")
+        try:
+            fields = _read_call(call + rest) if call else yaml.safe_load(text)
+        except (SyntaxError, ValueError, TypeError, yaml.YAMLError, RecursionError, MemoryError):
+            fields = None
+        if not isinstance(fields, Mapping):
+            raise UserError(
+                f"No genotype in {_shorten(text)}: expected yaml or the official notation, "
+                "Genotype(normal=[('sep_conv_3x3', 0), ...], normal_concat=range(2, 6), ...)."
+            )
+        return cls._from_fields(fields)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a genotype from a file: the yaml that `save` writes, or the official notation.
+
+        Raises:
+            UserError: where the file is missing or holds no genotype.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "not a text file"
+            raise UserError(f"Cannot read the genotype file {str(path)!r}: {reason}.") from error
+        try:
+            return cls.parse(text)
+        except UserError as error:
+            raise UserError(f"Genotype file {str(path)!r}: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the genotype as yaml; a file in `conf/genotype/` becomes a choice of the group."""
+        fields = {
+            name: [list(entry) if isinstance(entry, tuple) else entry for entry in value]
+            for name, value in asdict(self).items()
+        }
+        text = yaml.safe_dump(
+            {"_target_": _TARGET, **fields}, sort_keys=False, default_flow_style=None
+        )
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Whole or not at all: a search killed here leaves the genotype of the epoch before.
+        part = target.with_name(target.name + ".part")
+        part.write_text(text, encoding="utf-8")
+        part.replace(target)
+
+    @classmethod
+    def _from_fields(cls, fields: Mapping[Any, Any]) -> Self:
+        missing = [name for name in _FIELDS if name not in fields]
+        surplus = [str(name) for name in fields if name not in (*_FIELDS, "_target_")]
+        if missing or surplus or fields.get("_target_", _TARGET) != _TARGET:
+            found = ", ".join(map(str, fields)) or "none"
+            raise UserError(f"A genotype has the fields {', '.join(_FIELDS)}; found: {found}.")
+        return cls(**{name: fields[name] for name in _FIELDS})
+
+
+def published(name: str) -> Genotype:
+    """A published cell by name, e.g. "darts_v2": the files of `conf/genotype/`.
+
+    Raises:
+        UserError: where no cell of this name is shipped.
+    """
+    package = Path(__file__).parent
+    # A wheel carries the cells inside the package, a checkout beside it.
+    folder = next(
+        (path for root in (package, package.parent) if (path := root / "conf/genotype").is_dir()),
+        package,
+    )
+    # from_file and its like are ways to find a genotype, not cells.
+    cells = {path.stem: path for path in folder.glob("*.yaml") if _is_cell(path)}
+    if name not in cells:
+        raise unknown("genotype", name, cells)
+    return Genotype.load(cells[name])
+
+
+def _is_cell(path: Path) -> bool:
+    return f"_target_: {_TARGET}\n" in path.read_text(encoding="utf-8")
+
+
+def _checked_edges(cell: str, edges: Iterable[Any]) -> tuple[Edge, ...]:
+    """Normalise to a tuple of (primitive, source) and check every source against its node."""
+    pairs = _as_tuple(f"{cell} cell", edges)
+    checked: list[Edge] = []
+    for index, pair in enumerate(pairs):
+        entry = () if isinstance(pair, str) else _as_tuple(f"{cell} cell", pair)
+        if len(entry) != 2 or not isinstance(entry[0], str) or not _is_node(entry[1]):
+            raise UserError(f"The {cell} cell holds {pair!r} where a [primitive, source] belongs.")
+        node = index // 2 + 2
+        if not 0 <= entry[1] < node:
+            raise UserError(
+                f"In the {cell} cell, node {node} takes {entry[0]!r} from node {entry[1]}; "
+                f"its sources are 0 to {node - 1}."
+            )
+        checked.append((entry[0], entry[1]))
+    if not checked or len(checked) % 2:
+        raise UserError(f"The {cell} cell has {len(checked)} edges; each node takes exactly two.")
+    return tuple(checked)
+
+
+def _checked_concat(cell: str, concat: Iterable[Any], num_nodes: int) -> tuple[int, ...]:
+    nodes = _as_tuple(f"{cell}_concat", concat)
+    valid = range(2, num_nodes + 2)
+    if not nodes or any(not _is_node(node) or node not in valid for node in nodes):
+        raise UserError(
+            f"{cell}_concat is {list(nodes)!r}; it lists intermediate nodes, 2 to {num_nodes + 1}."
+        )
+    if len(set(nodes)) != len(nodes):
+        raise UserError(f"{cell}_concat names a node twice: {list(nodes)!r}.")
+    return nodes
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _as_tuple(what: str, value: Any) -> tuple[Any, ...]:
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise UserError(f"The {what} of a genotype is a list, not {_shorten(repr(value))}.")
+    return tuple(value)
+
+
+def _read_call(text: str) -> dict[str, Any]:
+    """Fields of the one call `Genotype(...)` that `text` begins with."""
+    call = ast.parse(_up_to_closing(text), mode="eval").body
+    if not isinstance(call, ast.Call) or len(call.args) > len(_FIELDS):
+        raise ValueError("not a call of Genotype")
+    fields = dict(zip(_FIELDS, map(_literal, call.args), strict=False))
+    for keyword in call.keywords:
+        if keyword.arg is None or keyword.arg in fields:
+            raise ValueError("not plain keyword arguments")
+        fields[keyword.arg] = _literal(keyword.value)
+    return fields
+
+
+def _literal(node: ast.expr) -> Any:
+    """A literal, or a `range` of at most two literal bounds below 100."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "range":
+        bounds = [ast.literal_eval(bound) for bound in node.args]
+        if node.keywords or any(not _is_node(bound) or abs(bound) > 100 for bound in bounds):
+            raise ValueError("not the range of a cell")
+        return list(range(*bounds))
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "list":
+        if len(node.args) != 1 or node.keywords:
+            raise ValueError("not a list of nodes")
+        return list(_literal(node.args[0]))
+    return ast.literal_eval(node)
+
+
+def _up_to_closing(text: str) -> str:
+    """The text up to the parenthesis that closes the first one; no name holds a parenthesis."""
+    depth = 0
+    for index, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if character == ")" and depth == 0:
+            return text[: index + 1]
+    raise ValueError("a parenthesis is not closed")
+
+
+def _shorten(text: str, length: int = 60) -> str:
+    return repr(text if len(text) <= length else text[: length - 3] + "...")

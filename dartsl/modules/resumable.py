@@ -1,0 +1,164 @@
+"""What both LightningModules need so that a run resumed at any batch ends as if never stopped.
+
+* Every random number of a step is a function of (seed, step).
+* The learning rate is a function of the epoch, set before each batch.
+* Epoch metrics are part of the state_dict.
+* A checkpoint saved on an epoch's last batch still runs that epoch's validation and end.
+* A checkpoint of another network ends in one sentence.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from dartsl.errors import UserError
+
+Schedule = Callable[[int], float]
+Batch = tuple[Tensor, Tensor]  # images [B, C, H, W], labels [B]
+
+
+class EpochMetrics(torch.nn.Module):
+    """Mean loss and accuracy over the examples of an epoch, kept in the state_dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss = MeanMetric()
+        self.accuracy = MeanMetric()
+        for metric in (self.loss, self.accuracy):
+            metric.persistent(True)
+
+    @torch.no_grad()
+    def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Count a batch: its mean loss, logits [B, K] and labels [B]."""
+        self.loss.update(loss.detach(), weight=len(labels))
+        self.accuracy.update((logits.argmax(1) == labels).float())
+
+    def compute_and_reset(self) -> dict[str, Tensor]:
+        """The means "loss" and "accuracy" since the last reset."""
+        means = {}
+        for name, metric in (("loss", self.loss), ("accuracy", self.accuracy)):
+            # A resumed metric has its state but not its count of updates; do not warn of it.
+            metric._update_count = max(metric._update_count, 1)
+            means[name] = metric.compute()
+            metric.reset()
+        return means
+
+
+class ResumableModule(pl.LightningModule):
+    """A LightningModule with a schedule over epochs, whose runs resume exactly.
+
+    Args:
+        schedule: epoch -> learning rate of the weights; None leaves the optimizer's alone.
+    """
+
+    def __init__(self, schedule: Schedule | None) -> None:
+        super().__init__()
+        self.schedule = schedule
+        self.step_seed: int | None = None
+        self._epoch_end_pending = False
+
+    def weight_optimizer_groups(self) -> list[dict[str, Any]]:
+        """Parameter groups of the optimizer that the schedule sets."""
+        return self.trainer.optimizers[0].param_groups
+
+    def epoch_is_complete(self) -> bool:
+        """Whether every batch of the epoch was trained on (not so when max_steps ends a run)."""
+        return self.trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+
+    def on_fit_start(self) -> None:
+        """Take the seed of all steps from the global one, once in a run's life."""
+        if self.step_seed is None:
+            self.step_seed = torch.initial_seed() % 2**31
+
+    def on_train_start(self) -> None:
+        """Go straight to an epoch's end where a checkpoint was saved on its last batch."""
+        if self._epoch_end_pending and not self.trainer.enable_validation:
+            # Lightning would train on the next epoch's first batch instead.
+            data_fetcher = self.trainer.fit_loop._data_fetcher
+            assert data_fetcher is not None
+            data_fetcher.done = True
+        self._epoch_end_pending = False
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Set the epoch's learning rate, and the seed of this step's random numbers."""
+        if self.schedule is not None:
+            for group in self.weight_optimizer_groups():
+                group["lr"] = self.schedule(self.current_epoch)
+        assert self.step_seed is not None
+        rank_and_step = (self.global_rank << 40) + self.global_step
+        torch.manual_seed(self.step_seed * 2**31 + rank_and_step & 2**63 - 1)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the seed of the steps."""
+        checkpoint["step_seed"] = self.step_seed
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint fits, and mend Lightning's record of where it was saved.
+
+        Raises:
+            UserError: for a checkpoint of another network.
+        """
+        check_same_tensors(self.state_dict(), checkpoint["state_dict"], "this run's network")
+        self.step_seed = checkpoint.get("step_seed")
+        loops = checkpoint.get("loops", {}).get("fit_loop")
+        if loops is not None:
+            self._epoch_end_pending = mark_epoch_end_as_pending(loops)
+
+
+def check_same_tensors(
+    expected: dict[str, Tensor], found: dict[str, Tensor], expected_name: str
+) -> None:
+    """Raise a UserError that names the first differences of two state dicts, if there are any."""
+    missing = [key for key in expected if key not in found]
+    surplus = [key for key in found if key not in expected]
+    shapes = [
+        f"{key} is {list(found[key].shape)}, not {list(expected[key].shape)}"
+        for key in expected
+        if key in found and found[key].shape != expected[key].shape
+    ]
+    if not missing and not surplus and not shapes:
+        return
+    differences = [
+        f"{len(keys)} {what} (e.g. {keys[0]})"
+        for keys, what in (
+            (missing, "tensors missing"),
+            (surplus, "tensors too many"),
+            (shapes, "of another shape"),
+        )
+        if keys
+    ]
+    raise UserError(
+        f"The checkpoint is of another network than {expected_name}: {'; '.join(differences)}. "
+        "Give the same genotype, channels, cells and classes as the run that saved it."
+    )
+
+
+def mark_epoch_end_as_pending(loops: dict[str, Any]) -> bool:
+    """Make Lightning finish the epoch of a checkpoint saved in its last `on_train_batch_end`.
+
+    Lightning takes such an epoch for finished and never runs its validation and end. In the
+    record written here all batches are trained and validation has been begun, of which it goes
+    back to the first batch.
+
+    Args:
+        loops: the fit loop's state in a checkpoint; changed in place.
+
+    Returns:
+        Whether the checkpoint was saved there.
+    """
+    batches = loops["epoch_loop.batch_progress"]
+    total = batches["total"]
+    in_batch_end = total["processed"] == total["ready"] == total["completed"] + 1
+    if not (in_batch_end and batches["is_last_batch"]):
+        return False
+    for count in (batches["total"], batches["current"]):
+        count["completed"] = count["processed"]
+    validation = loops["epoch_loop.val_loop.batch_progress"]
+    for count in (validation["total"], validation["current"]):
+        count.update(ready=1, started=1, processed=0, completed=0)
+    validation["is_last_batch"] = False
+    return True

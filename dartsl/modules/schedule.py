@@ -1,0 +1,13 @@
+"""Learning rates as functions of the epoch, so that no scheduler has a state to resume."""
+
+import math
+
+
+def cosine(epoch: int, initial: float, final: float, num_epochs: int) -> float:
+    """Cosine annealing (section 3.1.1): `initial` at epoch 0, `final` at `num_epochs`."""
+    return final + (initial - final) * (1 + math.cos(math.pi * epoch / num_epochs)) / 2
+
+
+def exponential(epoch: int, initial: float, decay: float) -> float:
+    """Exponential decay, `initial * decay ** epoch` (ImageNet: 0.1 and 0.97)."""
+    return initial * decay**epoch

@@ -1,0 +1,203 @@
+"""The search: Algorithm 1 of arXiv:1806.09055 as a LightningModule.
+
+Shapes: B images, E edges, P primitives, K classes.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from pytorch_lightning.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
+
+from dartsl.genotype import Genotype
+from dartsl.hypergradient import (
+    BilevelProblem,
+    Hypergradient,
+    Unrolled,
+    check_virtual_step,
+    sgd_direction,
+)
+from dartsl.modules.resumable import Batch, EpochMetrics, ResumableModule, Schedule
+from dartsl.networks import Supernet
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+class Stages(Protocol):
+    """How supernet and schedule change during a search."""
+
+    def enter(self, module: "SearchModule", epoch: int) -> None:
+        """Put `module` into the state of `epoch`; called before every batch of it."""
+
+
+class SearchModule(ResumableModule):
+    """Alternates alpha steps on validation batches and weight steps on training batches.
+
+    A training batch is `{"train": (x, y), "val": (x, y)}`, x [B, C, H, W] and y [B]. The official
+    number of running-statistics updates a step comes out by itself: two in first order, four with
+    the finite difference (those of the virtual weights are undone).
+
+    Args:
+        supernet: what is searched.
+        hypergradient: the gradient of alpha; xi is the weight optimizer's learning rate when
+            `training_step` begins.
+        weight_optimizer: partial over the list of weights (SGD in the paper).
+        arch_optimizer: partial over the list of alphas (Adam in the paper).
+        schedule: epoch -> learning rate of the weights; None leaves it alone.
+        gradient_clip: norm to which the gradients of the weights (not of alpha) are clipped.
+        penalty: a scalar term of the loss that alpha descends, as a function of the supernet.
+        selection: how a genotype is read from the supernet.
+        stages: how supernet and schedule change during the search.
+
+    Attributes:
+        updates_alpha: whether alpha steps are taken; `stages` may switch them off for a warm-up.
+    """
+
+    def __init__(
+        self,
+        supernet: Supernet,
+        hypergradient: Hypergradient,
+        weight_optimizer: OptimizerFactory,
+        arch_optimizer: OptimizerFactory,
+        schedule: Schedule | None = None,
+        gradient_clip: float = 5.0,
+        *,
+        penalty: Callable[[Supernet], Tensor] | None = None,
+        selection: Callable[[Supernet], Genotype] = Supernet.genotype,
+        stages: Stages | None = None,
+    ) -> None:
+        super().__init__(schedule)
+        self.automatic_optimization = False
+        self.supernet = supernet
+        self.hypergradient = hypergradient
+        self.weight_optimizer = weight_optimizer
+        self.arch_optimizer = arch_optimizer
+        self.gradient_clip = gradient_clip
+        self.penalty = penalty
+        self.selection = selection
+        self.stages = stages
+        self.updates_alpha = True
+        self.train_metrics = EpochMetrics()
+        self.val_metrics = EpochMetrics()
+
+    def training_step(self, batch: dict[str, Batch], batch_idx: int) -> Tensor:
+        """One step of Algorithm 1."""
+        # 1. Update alpha by descending grad_alpha L_val(w - xi grad_w L_train(w, alpha), alpha)
+        if self.updates_alpha:
+            self.alpha_step(batch["train"], batch["val"])
+        # 2. Update weights w by descending grad_w L_train(w, alpha)
+        return self.weight_step(batch["train"])
+
+    def alpha_step(self, train: Batch, val: Batch) -> None:
+        """Line 1 of Algorithm 1."""
+        gradients, _ = self.hypergradient(self.bilevel_problem(train, val))
+        for alpha, gradient in zip(self.supernet.arch_parameters(), gradients, strict=True):
+            alpha.grad = gradient
+        # Not through Lightning's wrapper: one batch is one global_step.
+        self.trainer.optimizers[1].step()
+
+    def weight_step(self, train: Batch) -> Tensor:
+        """Line 2 of Algorithm 1; the gradients are clipped to a norm of `gradient_clip`."""
+        x, y = train
+        optimizer = cast(list[LightningOptimizer], self.optimizers())[0]
+        optimizer.zero_grad()
+        with without_gradients(self.supernet.arch_parameters()):
+            loss, logits = self.loss(x, y)
+            self.manual_backward(loss)
+        nn.utils.clip_grad_norm_(self.supernet.weight_parameters(), self.gradient_clip)
+        optimizer.step()
+        self.train_metrics.update(loss, logits, y)
+        self.log("search/train_loss_step", loss.detach(), prog_bar=True)
+        return loss.detach()
+
+    def bilevel_problem(self, train: Batch, val: Batch) -> BilevelProblem:
+        """What the hypergradient sees of this step."""
+        weight_optimizer = self.trainer.optimizers[0]
+
+        def val_loss() -> Tensor:
+            loss, _ = self.loss(*val)
+            return loss if self.penalty is None else loss + self.penalty(self.supernet)
+
+        return BilevelProblem(
+            train_loss=lambda: self.loss(*train)[0],
+            val_loss=val_loss,
+            weights=self.supernet.weight_parameters(),
+            alphas=self.supernet.arch_parameters(),
+            xi=weight_optimizer.param_groups[0]["lr"],
+            virtual_direction=lambda gradients: sgd_direction(weight_optimizer, gradients),
+            buffers=list(self.supernet.buffers()),
+        )
+
+    def loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean cross entropy and the logits [B, K]."""
+        # Autocast keeps half-precision copies of the weights, which move within a step.
+        torch.clear_autocast_cache()
+        logits = self.supernet(x)
+        return F.cross_entropy(logits, y), logits
+
+    def genotype(self) -> Genotype:
+        """The genotype that the search would end with now."""
+        return self.selection(self.supernet)
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        """The optimizer of the weights, then the one of alpha."""
+        weights = self.weight_optimizer(self.supernet.weight_parameters())
+        if isinstance(self.hypergradient, Unrolled):
+            check_virtual_step(weights)
+        return [weights, self.arch_optimizer(self.supernet.arch_parameters())]
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Enter the epoch's stage and learning rate."""
+        if self.stages is not None:
+            self.stages.enter(self, self.current_epoch)
+        super().on_train_batch_start(batch, batch_idx)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Loss and accuracy on the half that alpha is searched on."""
+        x, y = batch
+        loss, logits = self.loss(x, y)
+        self.val_metrics.update(loss, logits, y)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the alpha half's loss and accuracy."""
+        self.log_group("search/val", self.val_metrics.compute_and_reset())
+
+    def on_train_epoch_end(self) -> None:
+        """Log the weight half's loss and accuracy, the learning rate and the state of alpha."""
+        if not self.epoch_is_complete():
+            return
+        self.log_group("search/train", self.train_metrics.compute_and_reset())
+        self.log("search/learning_rate", self.weight_optimizer_groups()[0]["lr"])
+        genotype = self.genotype()
+        for kind, strengths in self.supernet.strengths().items():
+            self.log(f"alpha/{kind}_entropy", entropy(strengths))
+            edges = getattr(genotype, kind)
+            skips = sum(primitive == "skip_connect" for primitive, _ in edges)
+            self.log(f"alpha/{kind}_skip_connections", float(skips))
+
+    def log_group(self, prefix: str, values: dict[str, Tensor]) -> None:
+        """Log values as `<prefix>_<name>`."""
+        self.log_dict({f"{prefix}_{name}": value for name, value in values.items()}, prog_bar=True)
+
+
+class without_gradients:  # noqa: N801  (a context manager, named as torch names its own)
+    """Within: the parameters take no gradients, so that a backward does not compute them."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self.parameters = list(parameters)
+
+    def __enter__(self) -> None:
+        for parameter in self.parameters:
+            parameter.requires_grad_(False)
+
+    def __exit__(self, *_: object) -> None:
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+
+
+def entropy(strengths: Tensor) -> Tensor:
+    """Mean entropy of the edges' weights in nats, of strengths [E, P]; log P when undecided."""
+    share = strengths / strengths.sum(dim=1, keepdim=True)
+    return torch.special.entr(share).sum(dim=1).mean()

@@ -1,0 +1,121 @@
+"""The training of a final network from scratch (section 3.1.2, 3.3 of arXiv:1806.09055).
+
+Shapes: B images, K classes.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dartsl.modules.resumable import Batch, EpochMetrics, ResumableModule, Schedule
+from dartsl.networks import FinalNetwork
+
+
+class TrainModule(ResumableModule):
+    """Trains a final network: cross entropy plus the auxiliary head's, with scheduled drop path.
+
+    Args:
+        network: what is trained.
+        optimizer: partial over the list of parameters (SGD in the paper).
+        schedule: epoch -> learning rate; None leaves it alone.
+        auxiliary_weight: of the auxiliary head's loss, 0.4 in the paper.
+        drop_path_prob: reached linearly, drop_path_prob * epoch / epochs (0.2 on CIFAR).
+        label_smoothing: of the training losses (0.1 on ImageNet).
+        gradient_clip: norm to which the gradients are clipped.
+    """
+
+    def __init__(
+        self,
+        network: FinalNetwork,
+        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+        schedule: Schedule | None = None,
+        auxiliary_weight: float = 0.4,
+        drop_path_prob: float = 0.2,
+        label_smoothing: float = 0.0,
+        gradient_clip: float = 5.0,
+    ) -> None:
+        super().__init__(schedule)
+        self.network = network
+        self.optimizer = optimizer
+        self.auxiliary_weight = auxiliary_weight
+        self.drop_path_prob = drop_path_prob
+        self.label_smoothing = label_smoothing
+        self.gradient_clip = gradient_clip
+        self.train_metrics = EpochMetrics()
+        self.val_metrics = EpochMetrics()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of a batch, x [B, C, H, W] and y [B]."""
+        x, y = batch
+        logits, auxiliary_logits = self.network(x)
+        loss = self.loss(logits, y)
+        self.train_metrics.update(loss, logits, y)
+        if auxiliary_logits is not None:
+            loss = loss + self.auxiliary_weight * self.loss(auxiliary_logits, y)
+        self.log("train/loss_step", loss.detach(), prog_bar=True)
+        return loss
+
+    def loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Mean cross entropy with label smoothing."""
+        return F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The optimizer of all parameters."""
+        return self.optimizer(list(self.network.parameters()))
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip to this module's norm; a value given to the Trainer comes first."""
+        value = self.gradient_clip if gradient_clip_val is None else gradient_clip_val
+        self.clip_gradients(optimizer, value, gradient_clip_algorithm or "norm")
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Set the epoch's learning rate and drop path."""
+        super().on_train_batch_start(batch, batch_idx)
+        self.network.drop_path_prob = self.drop_path_prob * self.current_epoch / self.num_epochs()
+
+    def num_epochs(self) -> int:
+        """Epochs of this training, from max_epochs or else from max_steps."""
+        trainer = self.trainer
+        if trainer.max_epochs is not None and trainer.max_epochs > 0:
+            return trainer.max_epochs
+        return max(1, math.ceil(trainer.max_steps / trainer.num_training_batches))
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Loss and accuracy in evaluation mode."""
+        x, y = batch
+        logits, _ = self.network(x)
+        self.val_metrics.update(F.cross_entropy(logits, y), logits, y)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Loss and accuracy in evaluation mode."""
+        self.validation_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation loss and accuracy."""
+        self.log_group("train/val", self.val_metrics.compute_and_reset())
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test loss and accuracy."""
+        self.log_group("test", self.val_metrics.compute_and_reset(), separator="/")
+
+    def on_train_epoch_end(self) -> None:
+        """Log the training loss and accuracy, the learning rate and drop path."""
+        if not self.epoch_is_complete():
+            return
+        self.log_group("train/train", self.train_metrics.compute_and_reset())
+        self.log("train/learning_rate", self.weight_optimizer_groups()[0]["lr"])
+        self.log("train/drop_path_prob", self.network.drop_path_prob)
+
+    def log_group(self, prefix: str, values: dict[str, Tensor], separator: str = "_") -> None:
+        """Log values as `<prefix><separator><name>`."""
+        named = {f"{prefix}{separator}{name}": value for name, value in values.items()}
+        self.log_dict(named, prog_bar=True)

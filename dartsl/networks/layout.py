@@ -1,0 +1,20 @@
+"""What supernet and final network share: where cells reduce, and how they take their inputs."""
+
+from dartsl.errors import UserError
+from dartsl.operations import FactorizedReduce, ReLUConvBN
+
+
+def reduction_cells(num_cells: int) -> frozenset[int]:
+    """Indices of the cells that halve the size and double the channels (section 3.1.1)."""
+    if num_cells < 1:
+        raise UserError(f"num_cells is {num_cells}; a network has at least one cell.")
+    return frozenset({num_cells // 3, 2 * num_cells // 3})
+
+
+def preprocess_previous_previous(
+    channels_in: int, channels: int, reduction_prev: bool, affine: bool
+) -> ReLUConvBN | FactorizedReduce:
+    """Brings a cell's first input to its channels, and to its size after a reduction cell."""
+    if reduction_prev:
+        return FactorizedReduce(channels_in, channels, affine)
+    return ReLUConvBN(channels_in, channels, affine=affine)

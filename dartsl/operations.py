@@ -1,0 +1,158 @@
+"""The primitives as modules: the alphabet of the cells (section 3.1.1 of arXiv:1806.09055).
+
+Shapes: B images, C channels, H x W pixels. Every operation maps [B, C, H, W] to
+[B, C, ceil(H / stride), ceil(W / stride)], in the official order ReLU, convolution, BatchNorm.
+Submodules sit under `op`, as in the official code, so that checkpoints translate one to one.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Zero(nn.Module):
+    """No connection: zeros of the operation's output shape."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zeros, with gradient 0."""
+        return x[:, :, :: self.stride, :: self.stride] * 0.0
+
+
+class ReLUConvBN(nn.Module):
+    """ReLU, convolution, BatchNorm; keeps the size."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int = 1, affine: bool = True
+    ) -> None:
+        super().__init__()
+        self.op = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False),
+            nn.BatchNorm2d(out_channels, affine=affine),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in_channels, H, W] -> [B, out_channels, H, W]."""
+        return self.op(x)
+
+
+class FactorizedReduce(nn.Module):
+    """Halves the size without a blind spot: two 1x1 convolutions, the second shifted by a pixel.
+
+    Note:
+        The official code fails on odd sizes. Here the shifted branch of an odd size sees one row
+        (column) of zeros past the border, so that any size gives ceil(size / 2), the output size
+        of every other operation of stride 2; even sizes are untouched.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, affine: bool = True) -> None:
+        super().__init__()
+        # An odd number of channels gives the surplus one to the first branch.
+        second = out_channels // 2
+        self.conv_1 = nn.Conv2d(in_channels, out_channels - second, 1, stride=2, bias=False)
+        self.conv_2 = nn.Conv2d(in_channels, second, 1, stride=2, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels, affine=affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in_channels, H, W] -> [B, out_channels, ceil(H / 2), ceil(W / 2)]."""
+        x = F.relu(x)
+        height, width = x.shape[2:]
+        shifted = F.pad(x, (0, width % 2, 0, height % 2))[:, :, 1:, 1:]
+        return self.bn(torch.cat([self.conv_1(x), self.conv_2(shifted)], dim=1))
+
+
+class SeparableConv(nn.Module):
+    """ReLU, depthwise, pointwise, BatchNorm, applied twice; the stride is in the first."""
+
+    def __init__(self, channels: int, kernel_size: int, stride: int, affine: bool) -> None:
+        super().__init__()
+        self.op = nn.Sequential(
+            *_separable(channels, kernel_size, stride, dilation=1, affine=affine),
+            *_separable(channels, kernel_size, 1, dilation=1, affine=affine),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, ceil(H / stride), ceil(W / stride)]."""
+        return self.op(x)
+
+
+class DilatedConv(nn.Module):
+    """ReLU, depthwise of dilation 2, pointwise, BatchNorm, applied once."""
+
+    def __init__(self, channels: int, kernel_size: int, stride: int, affine: bool) -> None:
+        super().__init__()
+        self.op = nn.Sequential(
+            *_separable(channels, kernel_size, stride, dilation=2, affine=affine)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, ceil(H / stride), ceil(W / stride)]."""
+        return self.op(x)
+
+
+def _separable(
+    channels: int, kernel_size: int, stride: int, dilation: int, affine: bool
+) -> list[nn.Module]:
+    padding = dilation * (kernel_size // 2)
+    return [
+        nn.ReLU(),
+        nn.Conv2d(
+            channels, channels, kernel_size, stride, padding, dilation, groups=channels, bias=False
+        ),
+        nn.Conv2d(channels, channels, 1, bias=False),
+        nn.BatchNorm2d(channels, affine=affine),
+    ]
+
+
+def _conv_7x1_1x7(channels: int, stride: int, affine: bool) -> nn.Module:
+    """Dense 1x7 then 7x1 convolution (AmoebaNet), the stride split over the two axes."""
+    return nn.Sequential(
+        nn.ReLU(),
+        nn.Conv2d(channels, channels, (1, 7), (1, stride), (0, 3), bias=False),
+        nn.Conv2d(channels, channels, (7, 1), (stride, 1), (3, 0), bias=False),
+        nn.BatchNorm2d(channels, affine=affine),
+    )
+
+
+def _skip_connect(channels: int, stride: int, affine: bool) -> nn.Module:
+    return nn.Identity() if stride == 1 else FactorizedReduce(channels, channels, affine)
+
+
+Factory = Callable[[int, int, bool], nn.Module]
+
+OPERATIONS: dict[str, Factory] = {
+    "none": lambda channels, stride, affine: Zero(stride),
+    "max_pool_3x3": lambda channels, stride, affine: nn.MaxPool2d(3, stride, padding=1),
+    "avg_pool_3x3": lambda channels, stride, affine: nn.AvgPool2d(
+        3, stride, padding=1, count_include_pad=False
+    ),
+    "skip_connect": _skip_connect,
+    "sep_conv_3x3": lambda channels, stride, affine: SeparableConv(channels, 3, stride, affine),
+    "sep_conv_5x5": lambda channels, stride, affine: SeparableConv(channels, 5, stride, affine),
+    "sep_conv_7x7": lambda channels, stride, affine: SeparableConv(channels, 7, stride, affine),
+    "dil_conv_3x3": lambda channels, stride, affine: DilatedConv(channels, 3, stride, affine),
+    "dil_conv_5x5": lambda channels, stride, affine: DilatedConv(channels, 5, stride, affine),
+    "conv_7x1_1x7": _conv_7x1_1x7,
+}
+"""The one look-up table: name of a primitive -> factory(channels, stride, affine)."""
+
+
+def drop_path(x: Tensor, drop_prob: float) -> Tensor:
+    """Zero whole samples with probability `drop_prob` and scale the others by 1 / (1 - drop_prob).
+
+    Args:
+        x: an operation's output, [B, C, H, W].
+        drop_prob: in [0, 1).
+
+    Returns:
+        [B, C, H, W], with the expectation of `x`.
+    """
+    keep = 1.0 - drop_prob
+    mask = torch.empty(x.shape[0], 1, 1, 1, dtype=x.dtype, device=x.device).bernoulli_(keep)
+    return x / keep * mask
