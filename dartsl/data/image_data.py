@@ -1,0 +1,307 @@
+"""The data module that every image set shares: split, streams, loaders and checks."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from pytorch_lightning import LightningDataModule
+
+from dartsl.data.augment import (
+    Augmentation,
+    CropFlip,
+    Normalise,
+    ResizeCentreCrop,
+    ResizedCropJitter,
+)
+from dartsl.data.images import ImageSet, TensorImages
+from dartsl.data.loaders import (
+    BatchLoader,
+    DeviceSource,
+    EndlessStream,
+    EvaluationLoader,
+    PairedLoader,
+    PassStream,
+    Source,
+    WorkerSource,
+)
+from dartsl.data.split import official_halves, stratified_halves
+from dartsl.errors import UserError, unknown
+
+TASKS = ("search", "train")
+SPLITS = ("official", "stratified")
+RECIPES = ("crop_flip", "imagenet")
+
+
+class ImageDataModule(LightningDataModule):
+    """Images of one classification task, for a search or for the training of a found network.
+
+    | task | training batches | validation | test |
+    |---|---|---|---|
+    | `search` | `{"train": weight half, "val": alpha half}` | the alpha half | the test set |
+    | `train` | the first `train_fraction` | the rest, or the test set if none is left | the same |
+
+    A subclass gives the images: it defines `load`.
+
+    Args:
+        num_classes: of the task; checked against the labels found.
+        in_channels: 1 (grey) or 3 (RGB).
+        image_size: side of the network's input, in pixels.
+        mean, std: of the training images, per channel, in units of [0, 1].
+        seed: decides the split, every order and every augmentation; nothing else does.
+        batch_size: of training and evaluation.
+        task: "search" or "train".
+        train_fraction: part of the training set whose gradients move the weights.
+        split: "stratified" (seeded, the same fraction of every class) or "official" (the first
+            images; CIFAR-10 only).
+        recipe: "crop_flip" (CIFAR) or "imagenet" (random resized crop and colour jitter, from
+            images of any size).
+        crop_padding, horizontal_flip, cutout_length: of the recipe "crop_flip", see `CropFlip`.
+        num_workers: processes for sets that are not held in memory.
+        in_memory_limit: a set of at most this many bytes as uint8 is held on the training device
+            and augmented there.
+
+    Raises:
+        UserError: for arguments that do not fit each other (at once) or the images (in `setup`).
+
+    Note:
+        With `train_fraction=1.0` validation is the test set, as in the official code. It is then
+        for looking at only: nothing may be selected by it.
+    """
+
+    has_official_split = False
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        in_channels: int,
+        image_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        seed: int = 0,
+        batch_size: int = 64,
+        task: str = "search",
+        train_fraction: float = 0.5,
+        split: str = "stratified",
+        recipe: str = "crop_flip",
+        crop_padding: int = 4,
+        horizontal_flip: bool = True,
+        cutout_length: int = 0,
+        num_workers: int = 0,
+        in_memory_limit: int = 2 * 1024**3,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.in_channels = in_channels
+        self.image_size = image_size
+        self.mean = tuple(float(value) for value in mean)
+        self.std = tuple(float(value) for value in std)
+        self.seed = seed
+        self.batch_size = batch_size
+        self.task = task
+        self.train_fraction = train_fraction
+        self.split = split
+        self.recipe = recipe
+        self.crop_padding = crop_padding
+        self.horizontal_flip = horizontal_flip
+        self.cutout_length = cutout_length
+        self.num_workers = num_workers
+        self.in_memory_limit = in_memory_limit
+        self._check_arguments()
+
+        self._images: dict[str, ImageSet] = {}
+        self._sources: dict[str, Source] = {}
+        self._train_loader: BatchLoader | PairedLoader | None = None
+        self._step = 0
+
+    @abstractmethod
+    def load(self) -> tuple[ImageSet, ImageSet]:
+        """The training set and the test set.
+
+        Raises:
+            UserError: where they cannot be had; says what to do.
+        """
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads and checks the images (once), and rewinds the training batches before a fit.
+
+        Lightning restores a checkpoint after this, so a fit without one starts at step 0.
+
+        Raises:
+            UserError: for images that do not fit the arguments.
+        """
+        if not self._images:
+            train, test = self.load()
+            self._check_images(train, test)
+            self.train_indices, self.val_indices = self._halves(train.labels)
+            self._check_halves(train.labels)
+            self._images = {"train": train, "test": test}
+        if stage in ("fit", None):
+            self._train_loader = None
+            self._step = 0
+
+    # ---- loaders --------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> BatchLoader | PairedLoader:
+        """Paired batches of both halves (search), or batches of the training part (train).
+
+        The same loader for the whole of a fit, so that it goes on where it is.
+        """
+        if self._train_loader is None:
+            self._train_loader = self._make_train_loader()
+            self._train_loader.load_state_dict({"step": self._step})
+        return self._train_loader
+
+    def val_dataloader(self) -> EvaluationLoader:
+        """What training does not move the weights by; see the table and the note of the class."""
+        if len(self.val_indices) == 0:
+            return self.test_dataloader()
+        return self._evaluation_loader("train", self.val_indices)
+
+    def test_dataloader(self) -> EvaluationLoader:
+        """The test set."""
+        return self._evaluation_loader("test", np.arange(len(self._images["test"])))
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of training batches handed out; part of every Lightning checkpoint."""
+        return (
+            {"step": self._step} if self._train_loader is None else self._train_loader.state_dict()
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from a saved step.
+
+        Lightning restores a loader's own state only within an epoch; this one always.
+        """
+        self._step = int(state_dict["step"])
+        if self._train_loader is not None:
+            self._train_loader.load_state_dict(state_dict)
+
+    def _make_train_loader(self) -> BatchLoader | PairedLoader:
+        source = self._source("train")
+        options = (self.batch_size, self._training_transform(), self.seed)
+        weights = PassStream("weights", self.train_indices, *options)
+        epoch_length = self._limit(len(weights))
+        if self.task == "train":
+            return BatchLoader(source, weights, epoch_length)
+        alpha = EndlessStream("alpha", self.val_indices, *options)
+        return PairedLoader(source, weights, alpha, epoch_length)
+
+    def _limit(self, length: int) -> int:
+        """Batches of an epoch under the trainer's `limit_train_batches`, by Lightning's rule."""
+        limit = 1.0 if self.trainer is None else self.trainer.limit_train_batches
+        return min(limit, length) if isinstance(limit, int) else int(limit * length)
+
+    def _evaluation_loader(self, part: str, indices: np.ndarray) -> EvaluationLoader:
+        return EvaluationLoader(
+            self._source(part), indices, self.batch_size, self._evaluation_transform()
+        )
+
+    def _source(self, part: str) -> Source:
+        """The source of "train" or "test": made once, on the device of the trainer attached."""
+        if part not in self._sources:
+            device = torch.device("cpu")
+            if self.trainer is not None:
+                device = self.trainer.strategy.root_device
+            images = self._images[part]
+            if images.num_bytes <= self.in_memory_limit:
+                self._sources[part] = DeviceSource(images, device)
+            else:
+                pin_memory = device.type == "cuda"
+                self._sources[part] = WorkerSource(images, self.num_workers, pin_memory)
+        return self._sources[part]
+
+    def _training_transform(self) -> Augmentation:
+        if self.recipe == "imagenet":
+            return ResizedCropJitter(self.mean, self.std, self.image_size)
+        return CropFlip(
+            self.mean, self.std, self.crop_padding, self.horizontal_flip, self.cutout_length
+        )
+
+    def _evaluation_transform(self) -> Augmentation:
+        if self.recipe == "imagenet":
+            # 256 for the 224 of the paper, and in the same proportion for other sizes.
+            resize = round(self.image_size * 256 / 224)
+            return ResizeCentreCrop(self.mean, self.std, self.image_size, resize)
+        return Normalise(self.mean, self.std)
+
+    # ---- split and checks -----------------------------------------------------------------------
+
+    def _halves(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if self.train_fraction == 1 and self.task == "train":
+            return np.arange(len(labels)), np.arange(0)
+        if self.split == "official":
+            return official_halves(len(labels), self.train_fraction)
+        return stratified_halves(labels, self.train_fraction, self.seed)
+
+    def _check_arguments(self) -> None:
+        for kind, value, choices in (
+            ("task", self.task, TASKS),
+            ("split", self.split, SPLITS),
+            ("recipe", self.recipe, RECIPES),
+        ):
+            if value not in choices:
+                raise unknown(kind, value, choices)
+        if self.split == "official" and not self.has_official_split:
+            raise UserError(
+                "split=official takes the first images of the training set, which is right for "
+                "CIFAR-10's own shuffled archive only (elsewhere a half could lack whole classes); "
+                "use split=stratified."
+            )
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        if self.task == "search" and not 0 < self.train_fraction < 1:
+            raise UserError(
+                f"train_fraction={self.train_fraction} leaves a search without one of its two "
+                "halves; choose one between 0 and 1, e.g. 0.5."
+            )
+        if not 0 < self.train_fraction <= 1:
+            raise UserError(f"train_fraction={self.train_fraction} must be above 0 and at most 1.")
+        if self.in_channels not in (1, 3):
+            raise UserError(f"in_channels={self.in_channels} must be 1 (grey) or 3 (RGB).")
+        if not len(self.mean) == len(self.std) == self.in_channels:
+            raise UserError(
+                f"mean={list(self.mean)} and std={list(self.std)} must have one number for each of "
+                f"the {self.in_channels} channels."
+            )
+        for name, least in (
+            ("seed", 0), ("batch_size", 1), ("num_workers", 0), ("image_size", 1),
+            ("crop_padding", 0), ("cutout_length", 0),
+        ):  # fmt: skip
+            if getattr(self, name) < least:
+                raise UserError(f"{name}={getattr(self, name)} must be at least {least}.")
+
+    def _check_images(self, train: ImageSet, test: ImageSet) -> None:
+        if min(len(train), len(test)) == 0 or len(train) < 2:
+            raise UserError(
+                f"Found {len(train)} training and {len(test)} test images, too few to train on; "
+                "add images."
+            )
+        found = np.unique(train.labels)
+        if self.num_classes < 2 or not np.array_equal(found, np.arange(self.num_classes)):
+            raise UserError(
+                f"num_classes={self.num_classes}, but the training set has {len(found)} classes; "
+                "set num_classes to the classes of the data, at least 2."
+            )
+        expected = (self.in_channels, self.image_size, self.image_size)
+        for images in (train, test):
+            if not isinstance(images, TensorImages) or self.recipe == "imagenet":
+                continue  # files are brought to the size and channels asked for
+            if tuple(images.images.shape[1:]) != expected:
+                raise UserError(
+                    f"The images are {tuple(images.images.shape[1:])} (channels, height, width), "
+                    f"not {expected}; set in_channels and image_size to fit."
+                )
+
+    def _check_halves(self, labels: np.ndarray) -> None:
+        for name, indices in (("weight", self.train_indices), ("validation", self.val_indices)):
+            held = len(np.unique(labels[indices]))
+            if len(indices) and held < self.num_classes:
+                raise UserError(
+                    f"The {name} half has {len(indices)} images of only {held} of the "
+                    f"{self.num_classes} classes; change train_fraction={self.train_fraction} or "
+                    "use split=stratified."
+                )

@@ -1,0 +1,109 @@
+"""A folder of images, one subfolder per class: any image set of one's own."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from dartsl.data.image_data import ImageDataModule
+from dartsl.data.images import FileImages
+from dartsl.data.split import stratified_halves
+from dartsl.errors import UserError
+
+_TEST_FOLDERS = ("test", "val")
+
+
+class ImageFolder(ImageDataModule):
+    """Images laid out as `root/train/<class>/<image>`, and `root/test/<class>/<image>` if any.
+
+    `root/val` is taken where there is no `root/test`; without either, a fixed stratified fifth of
+    the training images is held out as the test set. Files that are not images by their suffix, and
+    hidden ones, are passed over. Images are converted to `in_channels`, and (but for the recipe
+    "imagenet") brought to `image_size`: shorter side first, then a centre crop.
+
+    Args:
+        root: the folder above `train`.
+        **options: of `ImageDataModule`.
+
+    Raises:
+        UserError: in `setup`, for a folder of another layout and for an image that cannot be read.
+    """
+
+    def __init__(self, *, root: str, **options: Any):
+        super().__init__(**options)
+        self.root = Path(root)
+
+    def load(self) -> tuple[FileImages, FileImages]:
+        """The training set and the test set."""
+        classes = find_classes(self.root)
+        train = self._part(self.root / "train", classes)
+        for name in _TEST_FOLDERS:
+            if (self.root / name).is_dir():
+                return train, self._part(self.root / name, classes)
+        # Not self.seed: the test set is the same in every run.
+        train_indices, test_indices = stratified_halves(train.labels, fraction=0.8, seed=0)
+        return train.subset(train_indices), train.subset(test_indices)
+
+    def _part(self, folder: Path, classes: list[str]) -> FileImages:
+        """The images of `train` or `test`; a class is numbered by its place among `classes`."""
+        strangers = sorted(set(_class_folders(folder)) - set(classes))
+        if strangers:
+            raise UserError(
+                f"{folder} has the class {strangers[0]!r}, which {self.root / 'train'} has not; "
+                "rename or remove it."
+            )
+        files = [sorted(_image_files(folder / name)) for name in classes]
+        labels = np.repeat(np.arange(len(classes)), [len(paths) for paths in files])
+        size = None if self.recipe == "imagenet" else self.image_size
+        return FileImages(
+            [path for paths in files for path in paths], labels, self.in_channels, size
+        )
+
+
+def find_classes(root: str | Path) -> list[str]:
+    """The names of the classes: the subfolders of `root/train`, sorted.
+
+    Raises:
+        UserError: where there is no `root/train`, no class in it, or no image in a class.
+    """
+    folder = Path(root) / "train"
+    classes = _class_folders(folder) if folder.is_dir() else []
+    if not classes:
+        raise UserError(
+            f"No class folders in {folder} (looked for from {Path.cwd()}); data.root must be a "
+            "folder with images laid out as train/<class>/<image>."
+        )
+    for name in classes:
+        if next(_image_files(folder / name), None) is None:
+            raise UserError(
+                f"The class folder {folder / name} has no images ({', '.join(IMG_EXTENSIONS)}); "
+                "add some or remove the folder."
+            )
+    return classes
+
+
+def count_classes(root: str | Path) -> int:
+    """The number of classes of an image folder, for `num_classes` in a config.
+
+    Raises:
+        UserError: as `find_classes`.
+    """
+    return len(find_classes(root))
+
+
+def _class_folders(folder: Path) -> list[str]:
+    return sorted(
+        path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
+    )
+
+
+def _image_files(folder: Path) -> Iterator[Path]:
+    """The images in a folder and below it; hidden files and folders are passed over."""
+    return (
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMG_EXTENSIONS
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )

@@ -1,0 +1,160 @@
+"""Labelled sets of uint8 images: in memory, or as files that are decoded when asked for.
+
+Shapes: N images, C channels, H rows, W columns.
+"""
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dartsl.errors import UserError
+
+PIL_MODES = {1: "L", 3: "RGB"}
+"""The number of channels of an image file -> how Pillow calls it."""
+
+_DECODING_THREADS = 8
+_DECODING_PART = 256  # images that a thread takes at a time
+_LARGE_FILE_BYTES = 16 * 1024
+
+
+class ImageSet(Protocol):
+    """Images and their classes.
+
+    Attributes:
+        labels: int64 [N].
+        num_bytes: size of all images in memory; infinite where they have no common size.
+    """
+
+    @property
+    def labels(self) -> np.ndarray: ...  # noqa: D102
+
+    @property
+    def num_bytes(self) -> float: ...  # noqa: D102
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Tensor: ...
+
+    def subset(self, indices: np.ndarray) -> "ImageSet":
+        """The images at these indices, in this order."""
+        ...
+
+    def stack(self) -> Tensor:
+        """All images as one uint8 tensor [N, C, H, W]."""
+        ...
+
+
+@dataclass(frozen=True)
+class TensorImages:
+    """Images in memory: uint8 [N, C, H, W] with labels int64 [N]."""
+
+    images: Tensor
+    labels: np.ndarray
+
+    @property
+    def num_bytes(self) -> float:
+        """Size of the tensor."""
+        return self.images.nbytes
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index]
+
+    def subset(self, indices: np.ndarray) -> "TensorImages":
+        """The images at these indices, in this order."""
+        return TensorImages(self.images[torch.from_numpy(indices)], self.labels[indices])
+
+    def stack(self) -> Tensor:
+        """The tensor itself."""
+        return self.images
+
+
+@dataclass(frozen=True)
+class FileImages:
+    """Image files, decoded one by one; getting one raises UserError if it cannot be read.
+
+    Attributes:
+        paths: of the files, [N].
+        labels: int64 [N].
+        channels: 1 (grey) or 3 (RGB); files of other kinds are converted.
+        size: side in pixels to which each image is brought (shorter side, then centre crop);
+            None keeps each image as large as it is.
+    """
+
+    paths: Sequence[Path]
+    labels: np.ndarray
+    channels: int
+    size: int | None
+
+    @property
+    def num_bytes(self) -> float:
+        """Size of all images once decoded."""
+        return math.inf if self.size is None else len(self) * self.channels * self.size**2
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return decode(self.paths[index], self.channels, self.size)
+
+    def subset(self, indices: np.ndarray) -> "FileImages":
+        """The files at these indices, in this order."""
+        paths = [self.paths[index] for index in indices]
+        return FileImages(paths, self.labels[indices], self.channels, self.size)
+
+    def stack(self) -> Tensor:
+        """All files decoded; needs a common size."""
+        # Decoding a large file releases the interpreter's lock; with small ones threads only wait
+        # for it (32×32 JPEGs, 2 cores: 0.11 ms each in one thread, 0.21 ms in several).
+        large = self.paths[0].stat().st_size > _LARGE_FILE_BYTES
+        with ThreadPoolExecutor(_DECODING_THREADS if large else 1) as pool:
+            parts = pool.map(self._decode_part, range(0, len(self), _DECODING_PART))
+            return torch.cat(list(parts))
+
+    def _decode_part(self, start: int) -> Tensor:
+        stop = min(start + _DECODING_PART, len(self))
+        return torch.stack([self[index] for index in range(start, stop)])
+
+
+def decode(path: Path, channels: int, size: int | None) -> Tensor:
+    """One image file as uint8 [C, H, W].
+
+    Args:
+        path: of the file, in any format that Pillow reads.
+        channels: 1 or 3.
+        size: side of the result; None keeps the file's own size.
+
+    Raises:
+        UserError: for a file that is not an image or is cut short.
+    """
+    try:
+        with Image.open(path) as file:
+            image = file.convert(PIL_MODES[channels])
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on a broken file
+        raise UserError(
+            f"Cannot read the image {path} ({error}); repair or remove this file."
+        ) from error
+    if size is not None:
+        image = _resize_centre_crop(image, size)
+    pixels = torch.from_numpy(np.array(image))
+    return (pixels[None] if channels == 1 else pixels.permute(2, 0, 1)).contiguous()
+
+
+def _resize_centre_crop(image: Image.Image, size: int) -> Image.Image:
+    if image.size == (size, size):
+        return image
+    scale = size / min(image.size)
+    width, height = (max(size, round(scale * side)) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.crop((left, top, left + size, top + size))

@@ -1,0 +1,92 @@
+"""PC-DARTS: partial channel connections (Xu et al., arXiv:1907.05737).
+
+It fills three slots: the mixed operation (partial channels, section 3.2), the relaxation (edge
+normalisation, section 3.3) and the stages (alpha warm-up, section 4.2).
+
+Shapes: B images, C channels, E edges, P primitives.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dartsl.errors import UserError
+from dartsl.modules import SearchModule
+from dartsl.networks.supernet import ALPHA_INIT_STD, MixedOperation
+
+
+class PartialMixedOperation(MixedOperation):
+    """Operations on one of `proportion` parts of the channels; the others pass by (Eq. 2).
+
+    Args:
+        channels: C, divisible by `proportion`.
+        stride: 1 or 2; what passes by is then max-pooled.
+        primitives: of the search space.
+        proportion: K of the paper, 4 on CIFAR-10.
+
+    Raises:
+        UserError: where the channels cannot be parted.
+    """
+
+    def __init__(
+        self, channels: int, stride: int, primitives: Sequence[str], proportion: int = 4
+    ) -> None:
+        if channels % proportion:
+            raise UserError(
+                f"PC-DARTS parts the channels in {proportion}: {channels} is not a multiple of it."
+            )
+        super().__init__(channels // proportion, stride, primitives)
+        self.stride = stride
+        self.proportion = proportion
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, ceil(H / stride), ceil(W / stride)]."""
+        part = x.shape[1] // self.proportion
+        sampled, passed = x.split([part, x.shape[1] - part], dim=1)
+        if self.stride == 2:
+            passed = F.max_pool2d(passed, 2, ceil_mode=True)
+        # An edge weighs both parts. Its weight is the sum over its primitives, whose softmax sums
+        # to 1 before edge normalisation.
+        joined = torch.cat([super().forward(sampled, weights), passed * weights.sum()], dim=1)
+        # The next operation samples other channels than this one.
+        return F.channel_shuffle(joined, self.proportion)
+
+
+class EdgeNormalizedSoftmax(nn.Module):
+    """Softmax over primitives times a softmax over the edges into each node (Eq. 3, 4).
+
+    Args:
+        num_intermediate_nodes: node i has i + 2 edges.
+    """
+
+    def __init__(self, num_intermediate_nodes: int = 4) -> None:
+        super().__init__()
+        self.edges_per_node = [node + 2 for node in range(num_intermediate_nodes)]
+        self.beta = nn.Parameter(torch.empty(sum(self.edges_per_node)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw beta anew, as small as alpha."""
+        nn.init.normal_(self.beta, std=ALPHA_INIT_STD)
+
+    def forward(self, alpha: Tensor) -> Tensor:
+        """Edge weights [E, P] of alpha [E, P]; the weights of a node's edges sum to 1."""
+        shares = [torch.softmax(beta, dim=0) for beta in self.beta.split(self.edges_per_node)]
+        return torch.softmax(alpha, dim=-1) * torch.cat(shares)[:, None]
+
+
+class AlphaWarmup:
+    """Leaves alpha alone for the first epochs, while the weights learn.
+
+    Args:
+        num_epochs: 15 of 50 in the paper.
+    """
+
+    def __init__(self, num_epochs: int = 15) -> None:
+        self.num_epochs = num_epochs
+
+    def enter(self, module: SearchModule, epoch: int) -> None:
+        """Switch the alpha steps on after the warm-up."""
+        module.updates_alpha = epoch >= self.num_epochs

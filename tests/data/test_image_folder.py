@@ -1,0 +1,194 @@
+"""Folders of images as people have them."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dartsl.data import ImageFolder, count_classes
+from dartsl.errors import UserError
+
+CIFAR10_JPEG = Path(__file__).parents[3] / "shared" / "data" / "cifar10_jpeg.tar.xz"
+
+
+def write(path: Path, mode: str = "RGB", size: tuple[int, int] = (8, 8), colour: Any = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(path)
+
+
+def fill(root: Path, classes: tuple[str, ...] = ("cat", "dog"), n: int = 5) -> Path:
+    for number, name in enumerate(classes):
+        for index in range(n):
+            write(root / "train" / name / f"{index}.png", colour=(number, index, 0))
+    return root
+
+
+def folder(root: Path, **options: Any) -> ImageFolder:
+    defaults = {"image_size": 8, "in_channels": 3, "mean": [0.5] * 3, "std": [0.5] * 3}
+    return ImageFolder(
+        **{"root": str(root), "num_classes": 2, "batch_size": 4} | defaults | options
+    )
+
+
+def ready(root: Path, **options: Any) -> ImageFolder:
+    data = folder(root, **options)
+    data.setup()
+    return data
+
+
+def test_classes_are_sorted_and_test_has_the_same_numbers(tmp_path: Path) -> None:
+    fill(tmp_path, ("dog", "cat"))
+    write(tmp_path / "test" / "dog" / "a.png")
+    train, test = folder(tmp_path).load()
+    assert train.labels.tolist() == [0] * 5 + [1] * 5
+    assert train.paths[0].parent.name == "cat"
+    assert test.labels.tolist() == [1]
+    assert count_classes(tmp_path) == 2
+
+
+def test_val_folder_serves_as_test_set(tmp_path: Path) -> None:
+    fill(tmp_path)
+    write(tmp_path / "val" / "cat" / "a.png")
+    assert [path.parents[1].name for path in folder(tmp_path).load()[1].paths] == ["val"]
+
+
+def test_without_a_test_folder_a_fixed_fifth_is_held_out(tmp_path: Path) -> None:
+    fill(tmp_path, n=10)
+    train, test = folder(tmp_path, seed=0).load()
+    assert np.bincount(train.labels).tolist() == [8, 8]
+    assert np.bincount(test.labels).tolist() == [2, 2]
+    assert not set(train.paths) & set(test.paths)
+    assert folder(tmp_path, seed=1).load()[1].paths == test.paths
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_all_kinds_of_images_become_the_channels_asked_for(tmp_path: Path, channels: int) -> None:
+    for mode, colour in (
+        ("L", 9),
+        ("RGB", (9, 9, 9)),
+        ("RGBA", (9, 9, 9, 255)),
+        ("P", 0),
+        ("1", 0),
+    ):
+        for name in ("katze", "größe 大 = x"):
+            write(tmp_path / "train" / name / f"bild {mode} ü.png", mode, (12, 9), colour)
+    statistics = {"mean": [0.5] * channels, "std": [0.5] * channels}
+    data = ready(tmp_path, in_channels=channels, **statistics)
+    x, _ = next(iter(data.train_dataloader()))["train"]
+    assert x.shape[1:] == (channels, 8, 8)
+    images, _ = data.load()
+    greys = {
+        int(image.max())
+        for image, path in zip(images.stack(), images.paths, strict=True)
+        if "RGB" in path.name
+    }
+    assert greys == {9}
+
+
+def test_shorter_side_is_resized_and_the_centre_cropped(tmp_path: Path) -> None:
+    fill(tmp_path)
+    wide = Image.new("RGB", (40, 16))
+    wide.paste((200, 0, 0), (12, 0, 28, 16))  # the centre square
+    wide.save(tmp_path / "train" / "cat" / "0.png")
+    images, _ = folder(tmp_path).load()
+    index = next(i for i, path in enumerate(images.paths) if path.name == "0.png")
+    assert images[index].shape == (3, 8, 8)
+    assert (images[index][0, :, 1:-1] == 200).all()
+
+
+def test_stray_files_are_passed_over(tmp_path: Path) -> None:
+    fill(tmp_path)
+    (tmp_path / "train" / "cat" / "notes.txt").write_text("no image")
+    (tmp_path / "train" / "cat" / ".hidden.png").write_text("no image")
+    (tmp_path / "train" / ".cache" / "x").mkdir(parents=True)
+    (tmp_path / "train" / "README.md").write_text("no image")
+    write(tmp_path / "train" / "cat" / "below" / "UPPER.PNG")
+    assert count_classes(tmp_path) == 2
+    train, test = folder(tmp_path).load()
+    assert len(train) + len(test) == 11
+
+
+@pytest.mark.parametrize(("limit", "workers"), [(2**31, 0), (0, 0), (0, 2)])
+@pytest.mark.parametrize("content", [b"", b"not an image", None], ids=["empty", "text", "cut"])
+def test_broken_image_is_named(
+    tmp_path: Path, limit: int, workers: int, content: bytes | None
+) -> None:
+    fill(tmp_path)
+    write(tmp_path / "test" / "cat" / "fine.png")
+    broken = tmp_path / "train" / "cat" / "broken.png"
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(broken)
+    broken.write_bytes(broken.read_bytes()[:3000] if content is None else content)
+    options = {"in_memory_limit": limit, "num_workers": workers}
+    data = ready(tmp_path, task="train", train_fraction=1.0, **options)
+    with pytest.raises(UserError, match=r"^Cannot read the image .*broken\.png") as caught:
+        list(data.train_dataloader())
+    assert "\n" not in str(caught.value)
+
+
+def test_imagenet_recipe_reads_images_of_any_size(tmp_path: Path) -> None:
+    for index in range(10):
+        write(tmp_path / "train" / "ab"[index % 2] / f"{index}.png", size=(20 + index, 30 - index))
+    data = ready(tmp_path, recipe="imagenet", image_size=14)
+    assert next(iter(data.train_dataloader()))["train"][0].shape == (4, 3, 14, 14)
+    assert next(iter(data.test_dataloader()))[0].shape == (2, 3, 14, 14)
+
+
+def test_class_sorted_folder_gives_both_halves_every_class(tmp_path: Path) -> None:
+    data = ready(fill(tmp_path, tuple("abcdef"), n=10), num_classes=6)
+    labels = data.load()[0].labels
+    for half in (data.train_indices, data.val_indices):
+        assert np.bincount(labels[half]).tolist() == [4] * 6
+
+
+def test_official_split_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="split=stratified"):
+        folder(tmp_path, split="official")
+
+
+def test_missing_folder_says_what_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="train/<class>/<image>") as caught:
+        count_classes(tmp_path / "nowhere")
+    assert str(tmp_path / "nowhere" / "train") in str(caught.value)
+
+
+def test_class_without_images_is_an_error(tmp_path: Path) -> None:
+    (fill(tmp_path) / "train" / "empty").mkdir()
+    with pytest.raises(UserError, match="empty has no images"):
+        count_classes(tmp_path)
+
+
+def test_class_of_the_test_set_only_is_an_error(tmp_path: Path) -> None:
+    fill(tmp_path)
+    write(tmp_path / "test" / "fox" / "a.png")
+    with pytest.raises(UserError, match="fox"):
+        ready(tmp_path)
+
+
+def test_one_class_or_one_image_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="num_classes=1"):
+        ready(fill(tmp_path / "one class", ("cat",)), num_classes=1)
+    with pytest.raises(UserError, match="only 1 image"):
+        ready(fill(tmp_path / "one image", ("cat", "dog"), n=1))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CIFAR10_JPEG.exists(), reason=f"needs {CIFAR10_JPEG}")
+def test_cifar10_jpeg(tmp_path: Path) -> None:
+    path = CIFAR10_JPEG.with_name("unpack_cifar10.py")
+    spec = importlib.util.spec_from_file_location("unpack_cifar10", path)
+    assert spec is not None
+    assert spec.loader is not None
+    unpack = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(unpack)
+    with unpack.tarfile.open(CIFAR10_JPEG) as archive:
+        archive.extractall(tmp_path, filter="data")
+    data = ready(tmp_path, num_classes=10, image_size=32, batch_size=64)
+    loader = data.train_dataloader()
+    assert len(loader) == 391
+    assert np.bincount(data.load()[0].labels[data.val_indices]).tolist() == [2500] * 10
+    first = next(iter(loader))
+    assert first["train"][0].shape == (64, 3, 32, 32)
