@@ -1,13 +1,16 @@
-"""What a run leaves behind: genotypes, pictures, checkpoints, one line an epoch."""
+"""What a run shows and leaves behind: genotypes, pictures, checkpoints, one line an epoch."""
 
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.callbacks import RichProgressBar
 
 from dartsl.genotype import Genotype
 from dartsl.modules import SearchModule
+from dartsl.modules.resumable import ResumableModule
 from dartsl.visualize import draw_genotype, draw_strengths, save_figure
 
 log = logging.getLogger(__name__)
@@ -83,6 +86,8 @@ class CollapseWarning(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count the skip connections of the normal cell."""
         assert isinstance(pl_module, SearchModule)
+        if not pl_module.epoch_is_complete():
+            return
         edges = pl_module.genotype().normal
         skips = sum(primitive == "skip_connect" for primitive, _ in edges)
         if skips > self.max_skip_connections and trainer.is_global_zero:
@@ -134,7 +139,9 @@ class EpochLines(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remember the epoch: its last metrics are logged after the callbacks' turn."""
-        self.epoch = trainer.current_epoch
+        assert isinstance(pl_module, ResumableModule)
+        if pl_module.epoch_is_complete():
+            self.epoch = trainer.current_epoch
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the epoch before."""
@@ -158,3 +165,18 @@ class EpochLines(pl.Callback):
             parts.append(f"learning rate {metrics['learning_rate']:.4g}")
         print("   ".join(parts), flush=True)
         self.epoch = None
+
+
+class Progress(RichProgressBar):
+    """The batches of an epoch as a bar with the time left; nothing where output is no terminal."""
+
+    def __init__(self) -> None:
+        super().__init__(leave=False)
+        if not sys.stdout.isatty():
+            self.disable()
+
+    def get_metrics(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """No metrics: `EpochLines` prints them."""
+        return {}

@@ -5,18 +5,22 @@ A task takes the composed config and returns the number that a sweeper maximises
 
 import logging
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import rich
 import torch
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
+from rich.syntax import Syntax
+from rich.tree import Tree
 
 from dartsl.callbacks import GENOTYPE_FILE
 from dartsl.data import count_classes
@@ -28,34 +32,37 @@ from dartsl.visualize import draw_genotype, save_figure
 
 log = logging.getLogger(__name__)
 
+# So that an image folder's number of classes is never typed: conf/data/image_folder.yaml.
 OmegaConf.register_new_resolver("count_classes", count_classes, replace=True)
 
 
-def search(cfg: DictConfig) -> float:
+def search(cfg: DictConfig) -> float | None:
     """Search for a genotype; returns the accuracy on the alpha half after the last epoch."""
     prepare(cfg)
-    supernet = instantiate(cfg.supernet)
-    module = instantiate(cfg.module, supernet=supernet)
+    supernet = build(cfg.supernet)()
+    module = build(cfg.module)(supernet=supernet)
     trainer = fit(cfg, module)
-    print(f"\nGenotype: {Path(cfg.run_dir, GENOTYPE_FILE)}")
-    print(f"Cells:    {Path(cfg.run_dir, 'cells.png')}")
-    print(f"Next:     {next_command(cfg)}")
-    return trainer.callback_metrics["search/val_accuracy"].item()
+    print(f"\nGenotype: {relative(cfg.output_dir)}/{GENOTYPE_FILE}")
+    print(f"Cells:    {relative(cfg.output_dir)}/cells.png")
+    if cfg.next_experiment is not None:
+        print(f"Next:     {next_command(cfg)}")
+    return metric(trainer, "search/val_accuracy")
 
 
-def train(cfg: DictConfig) -> float:
+def train(cfg: DictConfig) -> float | None:
     """Train a genotype's network, then test it; returns the validation accuracy.
 
-    Without a validation part (data.train_fraction=1) that is the test accuracy, as in the official
-    code: nothing may be selected by it then.
+    With data.train_fraction=1 the validation set is the test set, as in the official code; without
+    any validation it is the test accuracy that is returned. Nothing may be selected by either.
     """
     prepare(cfg)
-    network = instantiate(cfg.network, genotype=build_genotype(cfg))
-    module = instantiate(cfg.module, network=network)
+    network = build(cfg.network)(genotype=find_genotype(cfg))
+    module = build(cfg.module)(network=network)
     trainer = fit(cfg, module)
-    accuracy = trainer.callback_metrics["train/val_accuracy"].item()
-    report_test(trainer.test(module, datamodule=trainer.datamodule, verbose=False))  # type: ignore[attr-defined]
-    return accuracy
+    validation = metric(trainer, "train/val_accuracy")
+    trainer.test(module, datamodule=trainer.datamodule, verbose=False)  # type: ignore[attr-defined]
+    test = report_test(trainer)
+    return test if validation is None else validation
 
 
 def evaluate(cfg: DictConfig) -> float:
@@ -63,121 +70,124 @@ def evaluate(cfg: DictConfig) -> float:
     prepare(cfg)
     state_dict, official = read_checkpoint(cfg.ckpt_path)
     auxiliary = any(name.startswith("auxiliary_head.") for name in state_dict)
-    network = instantiate(cfg.network, genotype=build_genotype(cfg), auxiliary=auxiliary)
+    network = build(cfg.network)(genotype=find_genotype(cfg), auxiliary=auxiliary)
     if official:
         load_official_network(network, state_dict)
     else:
-        check_same_tensors(network.state_dict(), state_dict, "this genotype's")
+        check_same_tensors(network.state_dict(), state_dict, "this run's network")
         network.load_state_dict(state_dict)
-    module = instantiate(cfg.module, network=network)
     trainer = build_trainer(cfg)
-    return report_test(trainer.test(module, datamodule=instantiate(cfg.data), verbose=False))
+    module = build(cfg.module)(network=network)
+    trainer.test(module, datamodule=instantiate(cfg.data), verbose=False)
+    return report_test(trainer)
 
 
 def draw(cfg: DictConfig) -> None:
     """A picture of a genotype's cells, as PNG and SVG."""
     check_missing(cfg)
-    stem = Path(cfg.run_dir) / "cells"
-    for path in save_figure(draw_genotype(build_genotype(cfg), title=cfg.title), stem):
-        print(path)
+    genotype = find_genotype(cfg)
+    for path in save_figure(draw_genotype(genotype, cfg.title), Path(cfg.output_dir) / "cells"):
+        print(relative(path))
 
 
-def quick_start(cfg: DictConfig) -> float:
+def quick_start(cfg: DictConfig) -> float | None:
     """Search, then train what was found: two experiments, given the overrides of this run."""
-    searched, trained = (compose_experiment(name) for name in cfg.experiments)
-    searched.run_dir = str(Path(cfg.run_dir) / "search")
-    trained.run_dir = str(Path(cfg.run_dir) / "train")
-    trained.genotype.path = str(Path(searched.run_dir) / GENOTYPE_FILE)
+    if cfg.ckpt_path is not None:
+        raise UserError("The quick start does not resume: it takes two minutes. Leave out ckpt_path.")
+    folder = Path(cfg.output_dir)
+    steps = [f"output_dir={quote(folder / name)}" for name in ("search", "train")]
+    genotype = f"genotype.path={quote(folder / 'search' / GENOTYPE_FILE)}"
+    searched = compose_experiment(cfg.experiments[0], steps[0], "next_experiment=null")
+    trained = compose_experiment(cfg.experiments[1], steps[1], "genotype=from_file", genotype)
     search(searched)
-    return train(trained)
+    accuracy = train(trained)
+    print(f"Next:     {command(f'experiment={cfg.next_experiment}')}")
+    return accuracy
 
 
 # ---- parts ---------------------------------------------------------------------------------------
 
 
 def prepare(cfg: DictConfig) -> None:
-    """Check the config, show and keep it, and seed everything."""
+    """Check the config, show and keep it, and seed everything.
+
+    Raises:
+        UserError: for a missing value, and where the output folder holds another run.
+    """
     check_missing(cfg)
-    run_dir = Path(cfg.run_dir)
-    if cfg.ckpt_path is None and (run_dir / "checkpoints").exists():
+    output_dir = Path(cfg.output_dir)
+    if (output_dir / "checkpoints").exists() and cfg.ckpt_path is None:
         raise UserError(
-            f"{run_dir} holds a run already; go on with it by ckpt_path=last, or choose another "
+            f"{output_dir} holds a run already: go on with it by ckpt_path=last, or choose another "
             "folder by hydra.run.dir=FOLDER."
         )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    resolved = OmegaConf.to_container(cfg, resolve=True)
-    OmegaConf.save(OmegaConf.create(resolved), run_dir / "config.yaml")
+    resolved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    output_dir.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(resolved, output_dir / "config.yaml")
     if cfg.print_config:
-        print_tree(cfg)
+        print_tree(resolved)
     pl.seed_everything(cfg.seed, verbose=False)
 
 
-def fit(cfg: DictConfig, module: pl.LightningModule) -> pl.Trainer:
-    """Fit a module to the config's data, from the config's checkpoint if there is one."""
-    trainer = build_trainer(cfg)
-    trainer.fit(
-        module,
-        datamodule=instantiate(cfg.data),
-        ckpt_path=find_checkpoint(cfg),
-        weights_only=True,
-    )
-    if trainer.interrupted:
-        raise UserError(f"Interrupted; go on by ckpt_path=last hydra.run.dir={cfg.run_dir}.")
-    return trainer
+def build(node: DictConfig) -> Any:
+    """What a config node describes, as a partial that takes the rest; holds plain containers."""
+    return instantiate(node, _partial_=True, _convert_="all")
 
 
 def build_trainer(cfg: DictConfig) -> pl.Trainer:
     """The Lightning Trainer with the config's callbacks and loggers."""
-    callbacks = [instantiate(node) for node in (cfg.callbacks or {}).values() if node]
-    loggers = [instantiate(node) for node in (cfg.logger or {}).values() if node]
-    return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False)
+    callbacks = [instantiate(node) for node in (cfg.get("callbacks") or {}).values()]
+    loggers = [instantiate(node) for node in (cfg.get("logger") or {}).values()]
+    return build(cfg.trainer)(callbacks=callbacks, logger=loggers)
 
 
-def build_genotype(cfg: DictConfig) -> Genotype:
+def fit(cfg: DictConfig, module: pl.LightningModule) -> pl.Trainer:
+    """Fit a module to the config's data, from the config's checkpoint if there is one."""
+    checkpoint = find_checkpoint(cfg)
+    trainer = build_trainer(cfg)
+    data = instantiate(cfg.data)
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    return trainer
+
+
+def find_genotype(cfg: DictConfig) -> Genotype:
     """The genotype that the config names.
 
     Raises:
         UserError: where it names none.
     """
-    if cfg.genotype is None:
+    if cfg.get("genotype") is None:
         raise UserError(
             "No genotype: give a published one (genotype=darts_v2) or one that a search found "
-            "(genotype=from_file genotype.path=.../genotype.yaml)."
+            "(genotype=from_file genotype.path=FILE)."
         )
     return instantiate(cfg.genotype)
 
 
-def check_missing(cfg: DictConfig) -> None:
-    """Raise a UserError for the values that the command has to give and did not."""
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise UserError(f"Missing on the command line: {' '.join(f'{key}=...' for key in missing)}")
-
-
 def find_checkpoint(cfg: DictConfig) -> str | None:
-    """The path to go on from: `last` is this folder's, or else that of this experiment's last run.
+    """The path to go on from; `last` is this folder's, or else that of the experiment's last run.
 
     Raises:
         UserError: where there is none.
     """
     if cfg.ckpt_path is None:
         return None
-    run_dir = Path(cfg.run_dir)
     path = Path(cfg.ckpt_path)
     if cfg.ckpt_path == "last":
-        path = run_dir / "checkpoints" / "last.ckpt"
+        output_dir = Path(cfg.output_dir)
+        path = output_dir / "checkpoints" / "last.ckpt"
         # The folders beside a sweep's job are other jobs, not earlier runs of it.
-        if not path.exists() and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.RUN:
-            earlier = run_dir.parent.glob("*/checkpoints/last.ckpt")
+        if not path.exists() and HydraConfig.get().mode == RunMode.RUN:
+            earlier = output_dir.parent.glob("*/checkpoints/last.ckpt")
             path = max(earlier, key=lambda found: found.stat().st_mtime, default=path)
     if not path.is_file():
         raise UserError(f"No checkpoint at {str(path)!r}: give ckpt_path=FILE, or leave it out.")
-    log.info("Going on from %s", path)
+    print(f"Going on from {relative(path)}")
     return str(path)
 
 
 def read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], bool]:
-    """A network's tensors, and whether the file is one of the official code.
+    """A final network's tensors, and whether the file is one of the official code.
 
     Raises:
         UserError: where the file is missing or holds something else.
@@ -185,76 +195,121 @@ def read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], bool]:
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds for files that are no checkpoints
-        reason = "there is no such file" if not Path(path).is_file() else "it is no checkpoint"
+        reason = "it is no checkpoint" if Path(path).is_file() else "there is no such file"
         raise UserError(f"Cannot read the checkpoint {path!r}: {reason}.") from error
-    ours = isinstance(content, dict) and isinstance(content.get("state_dict"), dict)
-    tensors = content["state_dict"] if ours else content
-    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
+    tensors = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not tensors or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise UserError(f"The checkpoint {path!r} holds no network's weights.")
-    if ours and any(name.startswith("network.") for name in tensors):
-        prefix = "network."
-        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, False
-    return tensors, True
+    prefix = "network."
+    ours = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    return (ours, False) if ours else (tensors, True)
 
 
-def report_test(results: Sequence[dict[str, float]]) -> float:
+def check_missing(cfg: DictConfig) -> None:
+    """Raise a UserError for the values that the command has to give and did not."""
+    # Unlike OmegaConf.missing_keys this resolves nothing: what depends on such a value fails.
+    missing = _missing_keys(OmegaConf.to_container(cfg, resolve=False))
+    if missing:
+        raise UserError(f"The command lacks {' '.join(f'{key}=...' for key in missing)}")
+
+
+def _missing_keys(node: Any, path: tuple[str, ...] = ()) -> list[str]:
+    if isinstance(node, dict):
+        return [key for k, v in node.items() for key in _missing_keys(v, (*path, str(k)))]
+    return [".".join(path)] if node == "???" else []
+
+
+def metric(trainer: pl.Trainer, name: str) -> float | None:
+    """A logged metric's last value, if it was logged."""
+    value = trainer.callback_metrics.get(name)
+    return None if value is None else value.item()
+
+
+def report_test(trainer: pl.Trainer) -> float:
     """Print and return the test accuracy."""
-    metrics = results[0]
-    accuracy = metrics["test/accuracy"]
+    accuracy = trainer.callback_metrics["test/accuracy"].item()
     print(f"\nTest accuracy: {100 * accuracy:.2f} %   (error {100 * (1 - accuracy):.2f} %)")
     return accuracy
 
 
-def next_command(cfg: DictConfig) -> str:
-    """The command that trains what a search found, on the same data and hardware."""
-    kept = [o for o in given_overrides() if o.startswith(("data=", "data.root=", "data.image_size=", "hardware="))]
-    path = Path(cfg.run_dir, GENOTYPE_FILE)
-    overrides = [f"experiment={cfg.next_experiment}", *kept, "genotype=from_file", f"genotype.path={path}"]
-    return shlex.join(["python", "run.py", *overrides])
+def print_tree(cfg: DictConfig) -> None:
+    """Show a config as a tree."""
+    tree = Tree("config")
+    for name, node in cfg.items():
+        if OmegaConf.is_config(node):
+            text = OmegaConf.to_yaml(node).rstrip()
+            tree.add(str(name)).add(Syntax(text, "yaml", background_color="default"))
+        else:
+            tree.add(f"{name}: {node}")
+    rich.print(tree)
+
+
+# ---- commands ------------------------------------------------------------------------------------
+
+
+def compose_experiment(name: str, *overrides: str) -> DictConfig:
+    """The config of an experiment under the overrides of this run, and then these.
+
+    Raises:
+        UserError: where the experiment does not take one of them.
+    """
+    try:
+        given = [f"experiment={name}", "print_config=false", *given_overrides()]
+        return compose("config", [*given, *overrides])
+    except HydraException as error:
+        raise UserError(f"experiment={name} does not take what was given: {error}") from error
 
 
 def given_overrides() -> list[str]:
     """The overrides of the command line but the experiment's name."""
-    if not HydraConfig.initialized():
-        return []
     given = HydraConfig.get().overrides.task
     return [override for override in given if not override.startswith("experiment=")]
 
 
-def compose_experiment(name: str) -> DictConfig:
-    """The config of an experiment, under the overrides of this run, not printed.
-
-    Raises:
-        UserError: where it does not take one of them.
-    """
-    try:
-        cfg = compose("config", [f"experiment={name}", *given_overrides()])
-    except HydraException as error:
-        raise UserError(f"The quick start hands its overrides to {name!r} too: {error}") from error
-    with open_dict(cfg):
-        cfg.print_config = False
-    return cfg
+def next_command(cfg: DictConfig) -> str:
+    """The command that trains what a search found, on the same data and hardware."""
+    kept = ("data=", "data.root=", "data.image_size=", "data.in_channels=", "hardware=")
+    return command(
+        f"experiment={cfg.next_experiment}",
+        *(override for override in given_overrides() if override.startswith(kept)),
+        "genotype=from_file",
+        f"genotype.path={quote(relative(Path(cfg.output_dir) / GENOTYPE_FILE))}",
+    )
 
 
-def print_tree(cfg: DictConfig) -> None:
-    """Show the composed config as a tree."""
-    from rich import print as rich_print
-    from rich.syntax import Syntax
-    from rich.tree import Tree
+def command(*overrides: str) -> str:
+    """A command to type; names the interpreter where it is one of this folder."""
+    interpreter = relative(sys.executable)
+    python = "python" if Path(interpreter).is_absolute() else interpreter
+    return shlex.join([python, "run.py", *overrides])
 
-    tree = Tree("config")
-    for name in cfg:
-        node = cfg[name]
-        text = OmegaConf.to_yaml(node, resolve=True) if OmegaConf.is_config(node) else str(node)
-        tree.add(str(name)).add(Syntax(text.rstrip(), "yaml", background_color="default"))
-    rich_print(tree)
+
+def quote(path: str | Path) -> str:
+    """A path as a value of Hydra's override grammar, where `=`, `,` and spaces have a meaning."""
+    text = str(path)
+    plain = all(char.isalnum() or char in "/-_.+" for char in text)
+    return text if plain else "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def relative(path: str | Path) -> str:
+    """A path as seen from the present folder, where it lies within it."""
+    absolute, here = Path(path).absolute(), Path.cwd()
+    return str(absolute.relative_to(here) if absolute.is_relative_to(here) else absolute)
 
 
 TASKS = {task.__name__: task for task in (search, train, evaluate, draw, quick_start)}
 
 
 def run(cfg: DictConfig) -> float | None:
-    """Run the config's task."""
+    """Run the config's task.
+
+    Raises:
+        UserError: for a mistake that a person can mend.
+    """
     if cfg.task not in TASKS:
         raise unknown("task", cfg.task, TASKS)
-    return TASKS[cfg.task](cfg)
+    try:
+        return TASKS[cfg.task](cfg)
+    finally:
+        if "wandb" in sys.modules:  # or the next job of a sweep would log into this one's run
+            sys.modules["wandb"].finish()

@@ -61,6 +61,8 @@ class ImageDataModule(LightningDataModule):
         num_workers: processes for sets that are not held in memory.
         in_memory_limit: a set of at most this many bytes as uint8 is held on the training device
             and augmented there.
+        max_images: at most this many images of either half are used, the same fraction of every
+            class; for trying things out.
 
     Raises:
         UserError: for arguments that do not fit each other (at once) or the images (in `setup`).
@@ -91,6 +93,7 @@ class ImageDataModule(LightningDataModule):
         cutout_length: int = 0,
         num_workers: int = 0,
         in_memory_limit: int = 2 * 1024**3,
+        max_images: int | None = None,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
@@ -109,6 +112,7 @@ class ImageDataModule(LightningDataModule):
         self.cutout_length = cutout_length
         self.num_workers = num_workers
         self.in_memory_limit = in_memory_limit
+        self.max_images = max_images
         self._check_arguments()
 
         self._images: dict[str, ImageSet] = {}
@@ -135,7 +139,9 @@ class ImageDataModule(LightningDataModule):
         if not self._images:
             train, test = self.load()
             self._check_images(train, test)
-            self.train_indices, self.val_indices = self._halves(train.labels)
+            self.train_indices, self.val_indices = (
+                self._at_most(half, train.labels) for half in self._halves(train.labels)
+            )
             self._check_halves(train.labels)
             self._images = {"train": train, "test": test}
         if stage in ("fit", None):
@@ -236,6 +242,12 @@ class ImageDataModule(LightningDataModule):
             return official_halves(len(labels), self.train_fraction)
         return stratified_halves(labels, self.train_fraction, self.seed)
 
+    def _at_most(self, indices: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        if self.max_images is None or len(indices) <= self.max_images:
+            return indices
+        fraction = self.max_images / len(indices)
+        return indices[stratified_halves(labels[indices], fraction, self.seed)[0]]
+
     def _check_arguments(self) -> None:
         for kind, value, choices in (
             ("task", self.task, TASKS),
@@ -273,6 +285,8 @@ class ImageDataModule(LightningDataModule):
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise UserError(f"{name}={getattr(self, name)} must be at least {least}.")
+        if self.max_images is not None and self.max_images < 2:
+            raise UserError(f"max_images={self.max_images} must be at least 2, or null for all.")
 
     def _check_images(self, train: ImageSet, test: ImageSet) -> None:
         if min(len(train), len(test)) == 0 or len(train) < 2:

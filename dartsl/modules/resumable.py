@@ -3,7 +3,8 @@
 * Every random number of a step is a function of (seed, step).
 * The learning rate is a function of the epoch, set before each batch.
 * Epoch metrics are part of the state_dict.
-* A checkpoint saved on an epoch's last batch still runs that epoch's validation and end.
+* A checkpoint saved on an epoch's last batch still runs that epoch's validation and end, and one
+  saved where max_steps ended a run within an epoch goes on with that epoch.
 * A checkpoint of another network ends in one sentence.
 """
 
@@ -81,6 +82,7 @@ class ResumableModule(pl.LightningModule):
             data_fetcher = self.trainer.fit_loop._data_fetcher
             assert data_fetcher is not None
             data_fetcher.done = True
+            self.trainer.fit_loop.epoch_loop._batches_that_stepped += 1  # x axis of what is logged
         self._epoch_end_pending = False
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -106,6 +108,7 @@ class ResumableModule(pl.LightningModule):
         self.step_seed = checkpoint.get("step_seed")
         loops = checkpoint.get("loops", {}).get("fit_loop")
         if loops is not None:
+            reopen_epoch(loops)
             self._epoch_end_pending = mark_epoch_end_as_pending(loops)
 
 
@@ -135,6 +138,26 @@ def check_same_tensors(
         f"The checkpoint is of another network than {expected_name}: {'; '.join(differences)}. "
         "Give the same genotype, channels, cells and classes as the run that saved it."
     )
+
+
+def reopen_epoch(loops: dict[str, Any]) -> None:
+    """Take back the end of an epoch that was none, because max_steps cut the epoch short.
+
+    Lightning would begin the next epoch instead. The record written here is that of a checkpoint
+    saved in `on_train_batch_end` of the last batch trained.
+
+    Args:
+        loops: the fit loop's state in a checkpoint; changed in place.
+    """
+    batches, epochs = loops["epoch_loop.batch_progress"], loops["epoch_progress"]
+    ended = epochs["current"]["processed"] == epochs["current"]["ready"]
+    if not ended or batches["is_last_batch"] or batches["current"]["processed"] == 0:
+        return
+    for part in ("total", "current"):
+        epochs[part]["processed"] -= 1
+        epochs[part]["completed"] = epochs[part]["processed"]
+        batches[part]["completed"] = batches[part]["processed"] - 1
+    loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
 
 
 def mark_epoch_end_as_pending(loops: dict[str, Any]) -> bool:

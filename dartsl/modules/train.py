@@ -80,7 +80,11 @@ class TrainModule(ResumableModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Set the epoch's learning rate and drop path."""
         super().on_train_batch_start(batch, batch_idx)
-        self.network.drop_path_prob = self.drop_path_prob * self.current_epoch / self.num_epochs()
+        self.network.drop_path_prob = self.epoch_drop_path_prob()
+
+    def epoch_drop_path_prob(self) -> float:
+        """Drop path's probability in this epoch."""
+        return self.drop_path_prob * self.current_epoch / self.num_epochs()
 
     def num_epochs(self) -> int:
         """Epochs of this training, from max_epochs or else from max_steps."""
@@ -113,7 +117,7 @@ class TrainModule(ResumableModule):
             return
         self.log_group("train/train", self.train_metrics.compute_and_reset())
         self.log("train/learning_rate", self.weight_optimizer_groups()[0]["lr"])
-        self.log("train/drop_path_prob", self.network.drop_path_prob)
+        self.log("train/drop_path_prob", self.epoch_drop_path_prob())
 
     def log_group(self, prefix: str, values: dict[str, Tensor], separator: str = "_") -> None:
         """Log values as `<prefix><separator><name>`."""
