@@ -155,7 +155,9 @@ class EpochLines(pl.Callback):
         """Print what was logged of the epoch that ended, once."""
         if self.epoch is None or not trainer.is_global_zero:
             return
-        metrics = {name.split("/")[1]: v for name, v in trainer.callback_metrics.items() if "/" in name}
+        metrics = {
+            name.split("/")[1]: v for name, v in trainer.callback_metrics.items() if "/" in name
+        }
         parts = [f"epoch {self.epoch + 1:>3}/{trainer.max_epochs}"]
         for half in ("train", "val"):
             if f"{half}_loss" in metrics:

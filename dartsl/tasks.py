@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.syntax import Syntax
 from rich.tree import Tree
 
@@ -93,7 +94,9 @@ def draw(cfg: DictConfig) -> None:
 def quick_start(cfg: DictConfig) -> float | None:
     """Search, then train what was found: two experiments, given the overrides of this run."""
     if cfg.ckpt_path is not None:
-        raise UserError("The quick start does not resume: it takes two minutes. Leave out ckpt_path.")
+        raise UserError(
+            "The quick start does not resume: it takes two minutes. Leave out ckpt_path."
+        )
     folder = Path(cfg.output_dir)
     steps = [f"output_dir={quote(folder / name)}" for name in ("search", "train")]
     genotype = f"genotype.path={quote(folder / 'search' / GENOTYPE_FILE)}"
@@ -115,6 +118,8 @@ def prepare(cfg: DictConfig) -> None:
         UserError: for a missing value, and where the output folder holds another run.
     """
     check_missing(cfg)
+    if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**32:
+        raise UserError(f"seed={cfg.seed} must be a whole number from 0 to 2^32 - 1.")
     output_dir = Path(cfg.output_dir)
     if (output_dir / "checkpoints").exists() and cfg.ckpt_path is None:
         raise UserError(
@@ -135,10 +140,20 @@ def build(node: DictConfig) -> Any:
 
 
 def build_trainer(cfg: DictConfig) -> pl.Trainer:
-    """The Lightning Trainer with the config's callbacks and loggers."""
+    """The Lightning Trainer with the config's callbacks and loggers.
+
+    Raises:
+        UserError: where this machine is not what `hardware` says.
+    """
     callbacks = [instantiate(node) for node in (cfg.get("callbacks") or {}).values()]
     loggers = [instantiate(node) for node in (cfg.get("logger") or {}).values()]
-    return build(cfg.trainer)(callbacks=callbacks, logger=loggers)
+    try:
+        return build(cfg.trainer)(callbacks=callbacks, logger=loggers)
+    except MisconfigurationException as error:
+        raise UserError(
+            f"This machine cannot run with these settings: {error} "
+            "hardware=auto takes what there is."
+        ) from error
 
 
 def fit(cfg: DictConfig, module: pl.LightningModule) -> pl.Trainer:

@@ -95,7 +95,10 @@ def run(
         | options
         | {"accelerator": "cpu", "logger": logger, "enable_model_summary": False}
         | {"num_sanity_val_steps": 0, "enable_progress_bar": False}
-        | {"callbacks": [SaveEverywhere(folder)] if folder else [], "enable_checkpointing": folder is not None}
+        | {
+            "callbacks": [SaveEverywhere(folder)] if folder else [],
+            "enable_checkpointing": folder is not None,
+        }
     )
     trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
     return module, trainer._checkpoint_connector.dump_checkpoint(), logger.rows
