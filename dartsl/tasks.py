@@ -6,7 +6,6 @@ A task takes the composed config and returns the number that a sweeper maximises
 import logging
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
