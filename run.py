@@ -48,11 +48,11 @@ def find_mistake(error: BaseException | None) -> UserError | None:
         return unknown(group, name, error.options)
     if isinstance(error, ConfigAttributeError | ConfigKeyError):
         node, _, key = str(error.full_key).rpartition(".")
-        choices = [str(key) for key in error.parent_node or ()]
+        choices = {str(key) for key in error.parent_node or ()}
         return (
             unknown(f"key of {node}", key, choices)
             if node
-            else unknown("key", key, [*choices, *GROUPS])
+            else unknown("key", key, choices.union(GROUPS))
         )
     if isinstance(error, OverrideParseException):
         return UserError(f"Cannot read {error.override!r}: {str(error).splitlines()[0]}.")

@@ -123,7 +123,7 @@ class AtomicCheckpoint(pl.callbacks.Checkpoint):
 
     def save(self, trainer: pl.Trainer) -> None:
         """Write beside the old checkpoint, then put it in its place."""
-        if trainer.fast_dev_run:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         part = self.path.with_name(self.path.name + ".part")
         trainer.save_checkpoint(part)

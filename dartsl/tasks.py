@@ -4,25 +4,31 @@ A task takes the composed config and returns the number that a sweeper maximises
 """
 
 import logging
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import rich
 import torch
-from hydra import compose
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from rich.syntax import Syntax
-from rich.tree import Tree
 
 from dartsl.callbacks import GENOTYPE_FILE
+from dartsl.config import (
+    build,
+    check_missing,
+    check_types,
+    command,
+    compose_experiment,
+    given_overrides,
+    print_tree,
+    quote,
+    relative,
+    resolved,
+)
 from dartsl.data import count_classes
 from dartsl.errors import UserError, unknown
 from dartsl.genotype import Genotype
@@ -68,6 +74,8 @@ def train(cfg: DictConfig) -> float | None:
 def evaluate(cfg: DictConfig) -> float:
     """Test accuracy of a checkpoint: dartsl's own, or a `.pt` file of the official code."""
     prepare(cfg)
+    if cfg.ckpt_path is None:
+        raise UserError("Nothing to evaluate: give ckpt_path=FILE, the checkpoint of a training.")
     state_dict, official = read_checkpoint(cfg.ckpt_path)
     auxiliary = any(name.startswith("auxiliary_head.") for name in state_dict)
     network = build(cfg.network)(genotype=find_genotype(cfg), auxiliary=auxiliary)
@@ -78,6 +86,7 @@ def evaluate(cfg: DictConfig) -> float:
         network.load_state_dict(state_dict)
     trainer = build_trainer(cfg)
     module = build(cfg.module)(network=network)
+    announce(cfg)
     trainer.test(module, datamodule=instantiate(cfg.data), verbose=False)
     return report_test(trainer)
 
@@ -111,13 +120,15 @@ def quick_start(cfg: DictConfig) -> float | None:
 
 
 def prepare(cfg: DictConfig) -> None:
-    """Check the config, show and keep it, and seed everything.
+    """Check the config and seed everything.
 
     Raises:
-        UserError: for a missing value, and where the output folder holds another run.
+        UserError: for a missing value or one of another type, and where the output folder holds
+            another run.
     """
     check_missing(cfg)
-    if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**32:
+    check_types(cfg)
+    if not 0 <= cfg.seed < 2**32:
         raise UserError(f"seed={cfg.seed} must be a whole number from 0 to 2^32 - 1.")
     output_dir = Path(cfg.output_dir)
     if (output_dir / "checkpoints").exists() and cfg.ckpt_path is None:
@@ -125,17 +136,17 @@ def prepare(cfg: DictConfig) -> None:
             f"{output_dir} holds a run already: go on with it by ckpt_path=last, or choose another "
             "folder by hydra.run.dir=FOLDER."
         )
-    resolved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
-    output_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(resolved, output_dir / "config.yaml")
-    if cfg.print_config:
-        print_tree(resolved)
     pl.seed_everything(cfg.seed, verbose=False)
 
 
-def build(node: DictConfig) -> Any:
-    """What a config node describes, as a partial that takes the rest; holds plain containers."""
-    return instantiate(node, _partial_=True, _convert_="all")
+def announce(cfg: DictConfig) -> None:
+    """Show and keep the config of a run that is about to start."""
+    plain = resolved(cfg)
+    output_dir = Path(cfg.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(plain, output_dir / "config.yaml")
+    if cfg.print_config:
+        print_tree(plain)
 
 
 def build_trainer(cfg: DictConfig) -> pl.Trainer:
@@ -160,6 +171,7 @@ def fit(cfg: DictConfig, module: pl.LightningModule) -> pl.Trainer:
     checkpoint = find_checkpoint(cfg)
     trainer = build_trainer(cfg)
     data = instantiate(cfg.data)
+    announce(cfg)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     return trainer
 
@@ -219,20 +231,6 @@ def read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], bool]:
     return (ours, False) if ours else (tensors, True)
 
 
-def check_missing(cfg: DictConfig) -> None:
-    """Raise a UserError for the values that the command has to give and did not."""
-    # Unlike OmegaConf.missing_keys this resolves nothing: what depends on such a value fails.
-    missing = _missing_keys(OmegaConf.to_container(cfg, resolve=False))
-    if missing:
-        raise UserError(f"The command lacks {' '.join(f'{key}=...' for key in missing)}")
-
-
-def _missing_keys(node: Any, path: tuple[str, ...] = ()) -> list[str]:
-    if isinstance(node, dict):
-        return [key for k, v in node.items() for key in _missing_keys(v, (*path, str(k)))]
-    return [".".join(path)] if node == "???" else []
-
-
 def metric(trainer: pl.Trainer, name: str) -> float | None:
     """A logged metric's last value, if it was logged."""
     value = trainer.callback_metrics.get(name)
@@ -246,40 +244,6 @@ def report_test(trainer: pl.Trainer) -> float:
     return accuracy
 
 
-def print_tree(cfg: DictConfig) -> None:
-    """Show a config as a tree."""
-    tree = Tree("config")
-    for name, node in cfg.items():
-        if OmegaConf.is_config(node):
-            text = OmegaConf.to_yaml(node).rstrip()
-            tree.add(str(name)).add(Syntax(text, "yaml", background_color="default"))
-        else:
-            tree.add(f"{name}: {node}")
-    rich.print(tree)
-
-
-# ---- commands ------------------------------------------------------------------------------------
-
-
-def compose_experiment(name: str, *overrides: str) -> DictConfig:
-    """The config of an experiment under the overrides of this run, and then these.
-
-    Raises:
-        UserError: where the experiment does not take one of them.
-    """
-    try:
-        given = [f"experiment={name}", "print_config=false", *given_overrides()]
-        return compose("config", [*given, *overrides])
-    except HydraException as error:
-        raise UserError(f"experiment={name} does not take what was given: {error}") from error
-
-
-def given_overrides() -> list[str]:
-    """The overrides of the command line but the experiment's name."""
-    given = HydraConfig.get().overrides.task
-    return [override for override in given if not override.startswith("experiment=")]
-
-
 def next_command(cfg: DictConfig) -> str:
     """The command that trains what a search found, on the same data and hardware."""
     kept = ("data=", "data.root=", "data.image_size=", "data.in_channels=", "hardware=")
@@ -289,26 +253,6 @@ def next_command(cfg: DictConfig) -> str:
         "genotype=from_file",
         f"genotype.path={quote(relative(Path(cfg.output_dir) / GENOTYPE_FILE))}",
     )
-
-
-def command(*overrides: str) -> str:
-    """A command to type; names the interpreter where it is one of this folder."""
-    interpreter = relative(sys.executable)
-    python = "python" if Path(interpreter).is_absolute() else interpreter
-    return shlex.join([python, "run.py", *overrides])
-
-
-def quote(path: str | Path) -> str:
-    """A path as a value of Hydra's override grammar, where `=`, `,` and spaces have a meaning."""
-    text = str(path)
-    plain = all(char.isalnum() or char in "/-_.+" for char in text)
-    return text if plain else "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
-def relative(path: str | Path) -> str:
-    """A path as seen from the present folder, where it lies within it."""
-    absolute, here = Path(path).absolute(), Path.cwd()
-    return str(absolute.relative_to(here) if absolute.is_relative_to(here) else absolute)
 
 
 TASKS = {task.__name__: task for task in (search, train, evaluate, draw, quick_start)}

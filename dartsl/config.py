@@ -1,0 +1,168 @@
+"""The composed config: checked, shown, composed again, and turned into commands to type.
+
+A config is checked as far as it can be before anything is built: for values that are missing, and
+for values that what they are given to does not take.
+"""
+
+import inspect
+import shlex
+import sys
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, Union, cast
+
+import rich
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.syntax import Syntax
+from rich.tree import Tree
+
+from dartsl.errors import UserError
+
+# ---- checks --------------------------------------------------------------------------------------
+
+
+def check_missing(cfg: DictConfig) -> None:
+    """Raise a UserError for the values that the command has to give and did not."""
+    # Unlike OmegaConf.missing_keys this resolves nothing: what depends on such a value fails.
+    missing = _missing_keys(OmegaConf.to_container(cfg, resolve=False))
+    if missing:
+        raise UserError(f"The command lacks {' '.join(f'{key}=...' for key in missing)}")
+
+
+def _missing_keys(node: Any, path: tuple[str, ...] = ()) -> list[str]:
+    if isinstance(node, dict):
+        return [key for k, v in node.items() for key in _missing_keys(v, (*path, str(k)))]
+    return [".".join(path)] if node == "???" else []
+
+
+def check_types(cfg: DictConfig) -> None:
+    """Raise a UserError for a number, switch or text where its `_target_` takes something else."""
+    for path, node in _targets(OmegaConf.to_container(cfg, resolve=True)):
+        hints = parameter_types(get_object(node["_target_"]))
+        for name, value in node.items():
+            if isinstance(value, str | int | float) and not admits(hints.get(name, Any), value):
+                raise UserError(f"{path}{name}={value} must be {describe(hints[name])}.")
+
+
+def _targets(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """The nodes with a `_target_`, each with the prefix of its keys."""
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield path, node
+        for key, value in node.items():
+            yield from _targets(value, f"{path}{key}.")
+
+
+def parameter_types(target: Any) -> dict[str, Any]:
+    """The annotations of a function's or a constructor's parameters, those behind ** included."""
+    if not inspect.isclass(target):
+        return typing.get_type_hints(target)
+    hints: dict[str, Any] = {}
+    for base in reversed(target.__mro__):
+        if "__init__" in vars(base):
+            hints |= typing.get_type_hints(vars(base)["__init__"])
+    return hints
+
+
+def admits(hint: Any, value: str | float) -> bool:
+    """Whether a parameter with this annotation takes a plain value; what is not plain, it does."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(admits(argument, value) for argument in arguments)
+    if origin is Literal:
+        return value in arguments
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (bool, str):
+        return isinstance(value, hint)
+    if hint is type(None):
+        return False
+    return not (inspect.isclass(origin or hint) and (origin or hint) is not object) or hint is Path
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def describe(hint: Any) -> str:
+    """What a parameter with this annotation takes, in words."""
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        parts = [describe(part) for part in typing.get_args(hint) if part is not type(None)]
+        return " or ".join(dict.fromkeys(parts))
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    return _WORDS.get(hint, f"a {getattr(hint, '__name__', hint)}")
+
+
+# ---- show and compose ----------------------------------------------------------------------------
+
+
+def print_tree(cfg: DictConfig) -> None:
+    """Show a config as a tree."""
+    tree = Tree("config")
+    for name, node in cfg.items():
+        if OmegaConf.is_config(node):
+            text = OmegaConf.to_yaml(node).rstrip()
+            tree.add(str(name)).add(Syntax(text, "yaml", background_color="default"))
+        else:
+            tree.add(f"{name!s}: {node}")
+    rich.print(tree)
+
+
+def resolved(cfg: DictConfig) -> DictConfig:
+    """A copy without interpolations."""
+    return cast(DictConfig, OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)))
+
+
+def build(node: DictConfig) -> Any:
+    """What a config node describes, as a partial that takes the rest; holds plain containers."""
+    return instantiate(node, _partial_=True, _convert_="all")
+
+
+def compose_experiment(name: str, *overrides: str) -> DictConfig:
+    """The config of an experiment under the overrides of this run, and then these.
+
+    Raises:
+        UserError: where the experiment does not take one of them.
+    """
+    try:
+        given = [f"experiment={name}", "print_config=false", *given_overrides()]
+        return compose("config", [*given, *overrides])
+    except HydraException as error:
+        raise UserError(f"experiment={name} does not take what was given: {error}") from error
+
+
+# ---- commands ------------------------------------------------------------------------------------
+
+
+def given_overrides() -> list[str]:
+    """The overrides of the command line but the experiment's name."""
+    given = HydraConfig.get().overrides.task
+    return [override for override in given if not override.startswith("experiment=")]
+
+
+def command(*overrides: str) -> str:
+    """A command to type; names the interpreter where it is one of this folder."""
+    interpreter = relative(sys.executable)
+    python = "python" if Path(interpreter).is_absolute() else interpreter
+    return shlex.join([python, "run.py", *overrides])
+
+
+def quote(path: str | Path) -> str:
+    """A path as a value of Hydra's override grammar, where `=`, `,` and spaces have a meaning."""
+    text = str(path)
+    plain = all(char.isalnum() or char in "/-_.+" for char in text)
+    return text if plain else "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def relative(path: str | Path) -> str:
+    """A path as seen from the present folder, where it lies within it."""
+    absolute, here = Path(path).absolute(), Path.cwd()
+    return str(absolute.relative_to(here) if absolute.is_relative_to(here) else absolute)
