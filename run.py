@@ -1,6 +1,7 @@
 """The command line: composes a config from conf/ and runs its task. README.md has the commands."""
 
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -58,7 +59,12 @@ def find_mistake(error: BaseException | None) -> UserError | None:
         return UserError(f"Cannot read {error.override!r}: {str(error).splitlines()[0]}.")
     cause = error.__cause__ or error.__context__
     if isinstance(error, ConfigCompositionException) and cause is None:
-        return UserError(" ".join(str(error).split()))
+        key = re.match(r"Could not override '(\w+)'", str(error))
+        return UserError(
+            f"{key[1]!r} is no part of this experiment; what is, `--cfg job` shows."
+            if key
+            else " ".join(str(error).split())
+        )
     return find_mistake(cause)
 
 

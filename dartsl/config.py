@@ -44,10 +44,10 @@ def _missing_keys(node: Any, path: tuple[str, ...] = ()) -> list[str]:
 def check_types(cfg: DictConfig) -> None:
     """Raise a UserError for a number, switch or text where its `_target_` takes something else."""
     for path, node in _targets(OmegaConf.to_container(cfg, resolve=True)):
-        hints = parameter_types(get_object(node["_target_"]))
-        for name, value in node.items():
-            if isinstance(value, str | int | float) and not admits(hints.get(name, Any), value):
-                raise UserError(f"{path}{name}={value} must be {describe(hints[name])}.")
+        for name, hint in parameter_types(get_object(node["_target_"])).items():
+            value = node.get(name)
+            if isinstance(value, str | int | float) and not admits(hint, value):
+                raise UserError(f"{path}{name}={value} must be {describe(hint)}.")
 
 
 def _targets(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -71,34 +71,42 @@ def parameter_types(target: Any) -> dict[str, Any]:
 
 
 def admits(hint: Any, value: str | float) -> bool:
-    """Whether a parameter with this annotation takes a plain value; what is not plain, it does."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    """Whether a parameter with this annotation takes a plain value."""
+    origin = typing.get_origin(hint) or hint
     if origin in (Union, types.UnionType):
-        return any(admits(argument, value) for argument in arguments)
+        return any(admits(part, value) for part in typing.get_args(hint))
     if origin is Literal:
-        return value in arguments
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint in (bool, str):
-        return isinstance(value, hint)
-    if hint is type(None):
-        return False
-    return not (inspect.isclass(origin or hint) and (origin or hint) is not object) or hint is Path
+        return value in typing.get_args(hint)
+    if origin is Any or not inspect.isclass(origin):
+        return True
+    if isinstance(value, bool):
+        return origin is bool
+    if origin in _ALSO_TAKE:
+        return isinstance(value, _ALSO_TAKE[origin])
+    return origin in (int, str) and isinstance(value, origin)  # nothing else is a plain value
 
 
+_ALSO_TAKE: dict[Any, Any] = {float: int | float, Path: str}
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
 def describe(hint: Any) -> str:
-    """What a parameter with this annotation takes, in words."""
-    if typing.get_origin(hint) in (Union, types.UnionType):
-        parts = [describe(part) for part in typing.get_args(hint) if part is not type(None)]
-        return " or ".join(dict.fromkeys(parts))
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    return _WORDS.get(hint, f"a {getattr(hint, '__name__', hint)}")
+    """The plain values that a parameter with this annotation takes, in words."""
+    parts = list(dict.fromkeys(_plain_choices(hint)))
+    return parts[0] if len(parts) == 1 else f"one of {', '.join(parts)}"
+
+
+def _plain_choices(hint: Any) -> Iterator[str]:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        for part in arguments:
+            if part is type(None) or inspect.isclass(part) and part not in _WORDS:
+                continue  # no value that a config can hold
+            yield from _plain_choices(part)
+    elif origin is Literal:
+        yield from map(str, arguments)
+    else:
+        yield _WORDS.get(hint, f"a {getattr(hint, '__name__', hint)}")
 
 
 # ---- show and compose ----------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dartsl.errors import unknown
 from dartsl.genotype import Edge, Genotype
-from dartsl.networks.layout import preprocess_previous_previous, reduction_cells
+from dartsl.networks.layout import check_sizes, preprocess_previous_previous, reduction_cells
 from dartsl.operations import OPERATIONS, ReLUConvBN, drop_path
 
 
@@ -120,7 +120,7 @@ class FinalNetwork(nn.Module):
         drop_path_prob: probability of drop path in training; the training's schedule sets it.
 
     Raises:
-        UserError: for an unknown primitive or stem.
+        UserError: for an unknown primitive or stem, and for a size below 1.
     """
 
     def __init__(
@@ -134,6 +134,12 @@ class FinalNetwork(nn.Module):
         auxiliary: bool = True,
     ) -> None:
         super().__init__()
+        check_sizes(
+            channels=channels,
+            num_cells=num_cells,
+            num_classes=num_classes,
+            in_channels=in_channels,
+        )
         for primitive in sorted(genotype.primitives):
             if primitive not in OPERATIONS:
                 raise unknown("primitive", primitive, OPERATIONS)

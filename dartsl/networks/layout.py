@@ -4,10 +4,15 @@ from dartsl.errors import UserError
 from dartsl.operations import FactorizedReduce, ReLUConvBN
 
 
+def check_sizes(**sizes: int) -> None:
+    """Raise a UserError for a size of a network, given by name, that is below 1."""
+    for name, value in sizes.items():
+        if value < 1:
+            raise UserError(f"{name} is {value}; it is at least 1.")
+
+
 def reduction_cells(num_cells: int) -> frozenset[int]:
     """Indices of the cells that halve the size and double the channels (section 3.1.1)."""
-    if num_cells < 1:
-        raise UserError(f"num_cells is {num_cells}; a network has at least one cell.")
     return frozenset({num_cells // 3, 2 * num_cells // 3})
 
 

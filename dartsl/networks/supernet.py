@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dartsl.genotype import Genotype
-from dartsl.networks.layout import preprocess_previous_previous, reduction_cells
+from dartsl.networks.layout import check_sizes, preprocess_previous_previous, reduction_cells
 from dartsl.networks.relaxation import Softmax
 from dartsl.operations import OPERATIONS, ReLUConvBN, Zero
 from dartsl.search_space import CELL_KINDS, SearchSpace, discretize
@@ -123,7 +123,7 @@ class Supernet(nn.Module):
         mixed_operation: factory(channels, stride, primitives) of what an edge computes.
 
     Raises:
-        UserError: where there is no cell.
+        UserError: for a size below 1.
     """
 
     def __init__(
@@ -139,6 +139,13 @@ class Supernet(nn.Module):
         mixed_operation: Callable[[int, int, Sequence[str]], nn.Module] = MixedOperation,
     ) -> None:
         super().__init__()
+        check_sizes(
+            channels=channels,
+            num_cells=num_cells,
+            num_classes=num_classes,
+            in_channels=in_channels,
+            stem_multiplier=stem_multiplier,
+        )
         self.space = space
         shape = (len(space.edges), len(space.primitives))
         self.alphas = nn.ParameterDict(

@@ -185,7 +185,7 @@ def test_a_misspelt_stem_names_the_choices() -> None:
 
 @pytest.mark.parametrize("num_cells", [0, -3])
 def test_a_network_has_a_cell(num_cells) -> None:
-    with pytest.raises(UserError, match="at least one cell"):
+    with pytest.raises(UserError, match=f"num_cells is {num_cells}"):
         small(num_cells=num_cells)
 
 
