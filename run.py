@@ -1,28 +1,26 @@
 """The command line: composes a config from conf/ and runs its task. README.md has the commands."""
 
 import os
-import re
 import sys
 import warnings
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from dartsl import tasks
-from dartsl.errors import UserError, unknown
+from dartsl.config import find_mistake
 
 # Of Lightning 2.6 under torch 2.15 and later: nothing that a user can act on.
 warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
 
-GROUPS = [path.name for path in (Path(__file__).parent / "conf").iterdir() if path.is_dir()]
+CONF = Path(__file__).parent.resolve() / "conf"
+GROUPS = [path.name for path in CONF.iterdir() if path.is_dir()]
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(cfg: DictConfig) -> float | None:
     """Run the config's task; returns the value that a sweeper optimises."""
     try:
@@ -35,40 +33,13 @@ def main(cfg: DictConfig) -> float | None:
 
 def exit_if_mistake(error: Exception) -> None:
     """End with one sentence where a person can mend what went wrong."""
-    mistake = find_mistake(error)
+    mistake = find_mistake(error, GROUPS)
     if mistake is not None:
         sys.exit(f"Error: {mistake}")
 
 
-def find_mistake(error: BaseException | None) -> UserError | None:
-    """The mistake behind an exception; Hydra and OmegaConf wrap those of what they build."""
-    if error is None or isinstance(error, UserError):
-        return error
-    if isinstance(error, MissingConfigException) and error.options is not None:
-        group, _, name = str(error.missing_cfg_file).rpartition("/")
-        return unknown(group, name, error.options)
-    if isinstance(error, ConfigAttributeError | ConfigKeyError):
-        node, _, key = str(error.full_key).rpartition(".")
-        choices = {str(key) for key in error.parent_node or ()}
-        return (
-            unknown(f"key of {node}", key, choices)
-            if node
-            else unknown("key", key, choices.union(GROUPS))
-        )
-    if isinstance(error, OverrideParseException):
-        return UserError(f"Cannot read {error.override!r}: {str(error).splitlines()[0]}.")
-    cause = error.__cause__ or error.__context__
-    if isinstance(error, ConfigCompositionException) and cause is None:
-        key = re.match(r"Could not override '(\w+)'", str(error))
-        return UserError(
-            f"{key[1]!r} is no part of this experiment; what is, `--cfg job` shows."
-            if key
-            else " ".join(str(error).split())
-        )
-    return find_mistake(cause)
-
-
-if __name__ == "__main__":
+def cli() -> None:
+    """`main`, ending with one sentence where a mistake shows before or after a task."""
     # Bare exceptions instead of Hydra's summary of them.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
@@ -76,3 +47,7 @@ if __name__ == "__main__":
     except Exception as error:
         exit_if_mistake(error)
         raise
+
+
+if __name__ == "__main__":
+    cli()

@@ -5,24 +5,31 @@ for values that what they are given to does not take.
 """
 
 import inspect
+import re
 import shlex
 import sys
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Union, cast
 
 import rich
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 from rich.syntax import Syntax
 from rich.tree import Tree
 
-from dartsl.errors import UserError
+from dartsl.errors import UserError, unknown
 
 # ---- checks --------------------------------------------------------------------------------------
 
@@ -100,13 +107,46 @@ def _plain_choices(hint: Any) -> Iterator[str]:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         for part in arguments:
-            if part is type(None) or inspect.isclass(part) and part not in _WORDS:
+            if part is type(None) or (inspect.isclass(part) and part not in _WORDS):
                 continue  # no value that a config can hold
             yield from _plain_choices(part)
     elif origin is Literal:
         yield from map(str, arguments)
     else:
         yield _WORDS.get(hint, f"a {getattr(hint, '__name__', hint)}")
+
+
+def find_mistake(error: BaseException | None, groups: Iterable[str]) -> UserError | None:
+    """The mistake behind an exception; Hydra and OmegaConf wrap those of what they build.
+
+    Args:
+        error: what was raised.
+        groups: of the config; a misspelt one looks like a misspelt key.
+    """
+    if error is None or isinstance(error, UserError):
+        return error
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        return unknown(group, name, error.options)
+    if isinstance(error, ConfigAttributeError | ConfigKeyError):
+        node, _, key = str(error.full_key).rpartition(".")
+        choices = {str(key) for key in error.parent_node or ()}
+        return (
+            unknown(f"key of {node}", key, choices)
+            if node
+            else unknown("key", key, choices.union(groups))
+        )
+    if isinstance(error, OverrideParseException):
+        return UserError(f"Cannot read {error.override!r}: {str(error).splitlines()[0]}.")
+    cause = error.__cause__ or error.__context__
+    if isinstance(error, ConfigCompositionException) and cause is None:
+        refused = re.match(r"Could not override '(\w+)'", str(error))
+        return UserError(
+            f"{refused[1]!r} is no part of this experiment; what is, `--cfg job` shows."
+            if refused
+            else " ".join(str(error).split())
+        )
+    return find_mistake(cause, groups)
 
 
 # ---- show and compose ----------------------------------------------------------------------------

@@ -16,6 +16,8 @@ def wandb_logger(**options: Any) -> WandbLogger:
     """
     import wandb  # here, so that only those who log to it need it
 
-    if "WANDB_MODE" not in os.environ and wandb.api.api_key is None:
-        options.setdefault("offline", True)
+    # Given as the run's own mode: Lightning's `offline` sets WANDB_MODE for the whole process, and
+    # wandb has read that already.
+    if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False, verify=False):
+        options.setdefault("mode", "offline")
     return WandbLogger(**options)

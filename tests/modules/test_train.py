@@ -82,7 +82,7 @@ def total_loss(net: FinalNetwork, x: Tensor, y: Tensor, smoothing=0.0, weight=0.
 
 
 class Recorder(pl.Callback):
-    """What holds in each step: its loss, learning rate, drop path and gradient norm."""
+    """What held in each step: its loss, learning rate, drop path and clipped gradient norm."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -90,14 +90,12 @@ class Recorder(pl.Callback):
         self.drop_paths: list[float] = []
         self.norms: list[float] = []
 
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
-        gradients = [p.grad.flatten() for p in pl_module.network.parameters()]
-        self.norms.append(torch.cat(gradients).norm().item())
-        self.rates.append(optimizer.param_groups[0]["lr"])
-        self.drop_paths.append(pl_module.network.drop_path_prob)
-
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         self.losses.append(float(outputs["loss"] if isinstance(outputs, dict) else outputs))
+        gradients = [p.grad.flatten() for p in pl_module.network.parameters()]
+        self.norms.append(torch.cat(gradients).norm().item())
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+        self.drop_paths.append(pl_module.network.drop_path_prob)
 
 
 # The loss

@@ -1,0 +1,470 @@
+"""The command line: every shipped experiment runs, and every mistake ends in one sentence."""
+
+import json
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+from PIL import Image
+
+import run
+from dartsl import tasks
+from dartsl.config import check_types, resolved
+from dartsl.genotype import Genotype, published
+from dartsl.interop import official_state_dict
+from dartsl.networks import FinalNetwork
+from tests.modules.test_resume import assert_same
+
+ROOT = Path(__file__).parents[1]
+CONF = ROOT / "conf"
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    error: str
+    folder: Path
+
+    @property
+    def output_dir(self) -> Path:
+        """Of the one run so far, or the folder that the run names."""
+        named = re.findall(r"^Genotype: (.+)/genotype.yaml$", self.out, re.MULTILINE)
+        return self.folder / named[-1]
+
+    @property
+    def accuracy(self) -> float:
+        return float(re.findall(r"Test accuracy: ([\d.]+) %", self.out)[-1])
+
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture
+def command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Command:
+    """Runs `python run.py <arguments>` in an empty folder, within this process."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> Result:
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "run.py"), *arguments])
+        code = 0
+        try:
+            run.cli()
+        except SystemExit as end:
+            # What Python does with it: a message goes to stderr, and the status is 1.
+            code = end.code if isinstance(end.code, int) else 1
+            print(end.code, file=sys.stderr)
+        out, error = capfd.readouterr()
+        return Result(code, out, error, tmp_path)
+
+    return call
+
+
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A machine that has never seen Weights & Biases."""
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image folder of three classes, which differ in colour."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for part, number in (("train", 16), ("test", 4)):
+        for label, name in enumerate(("blue whale", "crow", "élan")):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for index in range(number):
+                pixels = rng.integers(0, 80, (8, 8, 3), dtype=np.uint8)
+                pixels[..., label] += 150
+                Image.fromarray(pixels).save(folder / f"{index}.png")
+    return root
+
+
+SMALL_SEARCH = ("supernet.channels=4", "supernet.num_cells=3", "data.batch_size=8")
+SMALL_TRAIN = ("network.channels=4", "network.num_cells=3", "data.batch_size=8")
+ON_DIGITS = ("data=digits", "data.max_images=24", "trainer.max_epochs=1")
+
+
+def on_images(images: Path, *, small: tuple[str, ...]) -> list[str]:
+    folder = ["data=image_folder", f"data.root={images}", "data.image_size=8"]
+    return [*folder, "trainer.max_epochs=1", *small]
+
+
+# Every experiment
+
+
+def experiment_arguments(name: str, images: Path, checkpoint: Path) -> list[str]:
+    """What makes an experiment a matter of seconds."""
+    if name.startswith("search"):
+        return on_images(images, small=SMALL_SEARCH)
+    if name.startswith("train"):
+        return ["genotype=darts_v2", *on_images(images, small=SMALL_TRAIN)]
+    if name == "evaluate":
+        small = on_images(images, small=SMALL_TRAIN)
+        return ["genotype=darts_v2", f"ckpt_path={checkpoint}", *small]
+    return {
+        "draw": ["genotype=darts_v2"],
+        "quick_start": ["data.max_images=24", "trainer.max_epochs=1"],
+    }[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", options("experiment"))
+def test_every_experiment_runs(name: str, images: Path, command: Command, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "elsewhere.pt"
+    with torch.random.fork_rng():
+        network = FinalNetwork(published("darts_v2"), channels=4, num_cells=3, num_classes=3)
+    torch.save(official_state_dict(network), checkpoint)
+    arguments = experiment_arguments(name, images, checkpoint)
+    result = command(f"experiment={name}", *arguments)
+    assert result.code == 0, result.error
+    if name.startswith("train") or name in ("evaluate", "quick_start"):
+        assert 0 <= result.accuracy <= 100
+    if name.startswith("search"):
+        assert {path.name for path in result.output_dir.iterdir()} >= {
+            "cells.png", "cells.svg", "checkpoints", "config.yaml", "csv", "genotype.yaml",
+            "genotype_best.yaml", "strengths.png", "strengths.svg",
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_an_experiment_says_on_top_how_it_is_launched(name: str) -> None:
+    text = (CONF / "experiment" / f"{name}.yaml").read_text()
+    launch = "python run.py" if name == "quick_start" else f"python run.py experiment={name}"
+    assert f"# {launch}" in text
+
+
+@pytest.fixture
+def composed() -> Callable[..., None]:
+    """Composes as `run.py` does, and resolves every value."""
+
+    def check(*overrides: str) -> None:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            whole = compose("config", [*overrides, "output_dir=x"], return_hydra_config=True)
+            HydraConfig.instance().set_config(whole)
+            cfg = compose("config", [*overrides, "output_dir=x"])
+        check_types(cfg)
+        assert "${" not in OmegaConf.to_yaml(resolved(cfg))
+
+    return check
+
+
+CHOICES = [
+    (group, name)
+    for group in ("data", "debug", "genotype", "hardware", "logger", "method", "optimizer",
+                  "search_space", "sweep")
+    for name in options(group)
+    if (group, name) != ("method", "default")  # what the others are made of
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("group", "name"), CHOICES)
+def test_every_choice_composes_with_a_paper_experiment(
+    group: str, name: str, images: Path, composed: Callable[..., None]
+) -> None:
+    trains = group == "genotype" or name.startswith("train")
+    experiment = "train_final" if trains else "search_cifar10"
+    more = {
+        "image_folder": [f"data.root={images}"],
+        "imagenet": [f"data.root={images}"],
+        "from_file": ["genotype.path=genotype.yaml"],
+    }
+    composed(f"experiment={experiment}", f"{group}={name}", *more.get(name, []))
+
+
+# One line from data to a trained cell
+
+
+@pytest.mark.slow
+def test_search_then_train_then_evaluate(command: Command) -> None:
+    searched = command("experiment=search_digits", "data.max_images=60", "trainer.max_epochs=2")
+    assert searched.code == 0, searched.error
+    found = Genotype.load(searched.output_dir / "genotype.yaml")
+    assert len(found.normal) == 8
+
+    # The command that the search names, as it names it, but shorter.
+    following = searched.out.split("Next:")[1].strip().splitlines()[0]
+    arguments = shlex.split(following)
+    assert arguments[1] == "run.py"
+    assert "experiment=train_digits" in arguments
+    trained = command(*arguments[2:], "data.max_images=60", "trainer.max_epochs=2")
+    assert trained.code == 0, trained.error
+    (checkpoint,) = Path("outputs/train_digits").glob("*/checkpoints/last.ckpt")
+
+    genotype = f"genotype.path={searched.output_dir / 'genotype.yaml'}"
+    network = ["network.channels=16", "network.num_cells=3", "network.auxiliary=false"]
+    evaluated = command(
+        "experiment=evaluate", "data=digits", "genotype=from_file", genotype,
+        f"ckpt_path={checkpoint}", *network,
+    )  # fmt: skip
+    assert evaluated.code == 0, evaluated.error
+    assert evaluated.accuracy == trained.accuracy
+
+    other = command(
+        "experiment=evaluate",
+        "data=digits",
+        "genotype=darts_v1",
+        f"ckpt_path={checkpoint}",
+        *network,
+    )
+    assert other.code == 1
+    assert "Error: The checkpoint is of another network" in other.error
+
+
+@pytest.mark.slow
+def test_a_stopped_search_goes_on_where_it_was(command: Command) -> None:
+    search = ("experiment=search_digits", *ON_DIGITS, *SMALL_SEARCH, "trainer.max_epochs=3",
+              "callbacks.checkpoint.every_n_steps=1")  # fmt: skip
+    whole = command(*search, "hydra.run.dir=whole")
+    assert whole.code == 0, whole.error
+    stopped = command(*search, "trainer.max_steps=4")
+    assert stopped.code == 0, stopped.error
+    resumed = command(*search, "ckpt_path=last", "hydra.run.dir=outputs/search_digits/resumed")
+    assert resumed.code == 0, resumed.error
+    assert "Going on from outputs/search_digits/" in resumed.out
+
+    folders = Path("whole"), Path("outputs/search_digits/resumed")
+    whole_end, resumed_end = (
+        torch.load(folder / "checkpoints/last.ckpt", weights_only=True) for folder in folders
+    )
+    for part in ("state_dict", "optimizer_states", "epoch", "global_step"):
+        assert_same(resumed_end[part], whole_end[part], part)
+    for name in ("genotype.yaml", "genotype_best.yaml", "cells.png", "strengths.svg"):
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_a_run_is_not_written_over(command: Command) -> None:
+    search = ("experiment=search_digits", *ON_DIGITS, *SMALL_SEARCH, "hydra.run.dir=here")
+    assert command(*search).code == 0
+    before = Path("here/genotype.yaml").stat().st_mtime_ns
+    again = command(*search)
+    assert again.code == 1
+    assert "holds a run already: go on with it by ckpt_path=last" in again.error
+    assert Path("here/genotype.yaml").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_each_seed_in_its_own_folder(command: Command) -> None:
+    result = command("-m", "experiment=search_digits", *ON_DIGITS, *SMALL_SEARCH, "seed=0,1",
+                     "print_config=false", "hydra.sweep.dir=sweep")  # fmt: skip
+    assert result.code == 0, result.error
+    for job in ("0", "1"):
+        assert (Path("sweep") / job / "genotype.yaml").exists()
+        assert OmegaConf.load(Path("sweep") / job / "config.yaml").seed == int(job)
+
+
+@pytest.mark.slow
+def test_a_failed_job_of_a_sweep_costs_that_job_only(command: Command) -> None:
+    result = command(
+        "-m", "experiment=search_digits", *ON_DIGITS, *SMALL_SEARCH, "data.max_images=1,24",
+        "print_config=false", "hydra.sweep.dir=sweep",
+    )  # fmt: skip
+    assert result.code == 1
+    assert "Error: max_images=1 must be at least 2" in result.error
+    assert not Path("sweep/0/genotype.yaml").exists()
+    assert Path("sweep/1/genotype.yaml").exists()
+
+
+def test_the_papers_four_searches_as_a_sweep(composed: Callable[..., None]) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        overrides = ["experiment=search_cifar10", "sweep=seeds"]
+        cfg = compose("config", overrides, return_hydra_config=True)
+    assert cfg.hydra.sweeper.params == {"seed": "0,1,2,3"}
+
+
+@pytest.mark.slow
+def test_the_value_that_a_sweeper_optimises(command: Command, monkeypatch) -> None:
+    values = []
+    run_task = tasks.run
+    monkeypatch.setattr(tasks, "run", lambda cfg: values.append(run_task(cfg)) or values[-1])
+    searched = command("experiment=search_digits", *ON_DIGITS, *SMALL_SEARCH)
+    accuracy = re.findall(r"val: loss [\d.]+, accuracy ([\d.]+) %", searched.out)[-1]
+    assert 100 * values[0] == pytest.approx(float(accuracy), abs=0.005)
+    genotype = ["experiment=train_digits", "genotype=darts_v1"]
+    trained = command(*genotype, *ON_DIGITS, *SMALL_TRAIN)
+    assert 100 * values[1] == pytest.approx(trained.accuracy, abs=0.005)
+
+
+# Drawing, loggers, debugging
+
+
+@pytest.mark.parametrize("name", ["darts_v2", "nasnet"])
+def test_draw(name: str, command: Command) -> None:
+    result = command("experiment=draw", f"genotype={name}", "hydra.run.dir=pictures")
+    assert result.code == 0, result.error
+    assert result.out.split() == ["pictures/cells.png", "pictures/cells.svg"]
+    with Image.open("pictures/cells.png") as picture:
+        assert min(picture.size) > 500
+    assert Path("pictures/cells.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("logger", options("logger"))
+def test_every_logger_works_without_an_account(logger: str, command: Command) -> None:
+    result = command("experiment=search_digits", *ON_DIGITS, *SMALL_SEARCH, f"logger={logger}",
+                     "hydra.run.dir=here")  # fmt: skip
+    assert result.code == 0, result.error
+    pattern = {
+        "csv": "csv/version_0/metrics.csv",
+        "tensorboard": "tensorboard/version_0/events.out.tfevents.*",
+        "wandb": "wandb/offline-run-*/run-*.wandb",
+    }[logger]
+    (written,) = Path("here").glob(pattern)
+    assert written.stat().st_size > 0
+    if logger == "csv":
+        header, *rows = written.read_text().splitlines()
+        assert {"search/val_accuracy", "alpha/normal_entropy", "epoch"} <= set(header.split(","))
+        assert rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("debug", options("debug"))
+def test_every_debug_setting(debug: str, command: Command) -> None:
+    result = command("experiment=search_digits", *SMALL_SEARCH, f"debug={debug}",
+                     "trainer.max_epochs=1", "hydra.run.dir=here")  # fmt: skip
+    assert result.code == 0, result.error
+    if debug == "profiler":
+        assert "optimizer_step" in Path("here/fit-profile.txt").read_text()
+    if debug == "fast_dev_run":
+        assert not Path("here/checkpoints").exists()
+
+
+# Mistakes
+
+# The command, and below it what the sentence says.
+MISTAKES = """
+experiment=serch_cifar10
+    Unknown experiment 'serch_cifar10'. Did you mean 'search_cifar10'? Choices: draw,
+experiment=train_final genotype=darts_v3
+    Unknown genotype 'darts_v3'. Did you mean 'darts_v2'?
+experiment=train_final
+    No genotype: give a published one (genotype=darts_v2)
+experiment=search_digits method=pc_dart
+    Unknown method 'pc_dart'. Did you mean 'pc_darts'?
+experiment=search_digits hardwar=gpu
+    Unknown key 'hardwar'. Did you mean 'hardware'?
+method=pc_darts
+    'method' is no part of this experiment
+experiment=search_digits search_space.primitives=[none,sep_conv_3x4]
+    Unknown primitive 'sep_conv_3x4'. Did you mean 'sep_conv_3x3'?
+experiment=search_digits search_space.primitives=[none]
+    at least one primitive other than 'none'
+experiment=search_cifar10 data=image_folder
+    The command lacks data.root=...
+experiment=search_cifar10 data=image_folder data.root=nowhere
+    No class folders in nowhere/train
+experiment=search_digits ckpt_path=nothing.ckpt
+    No checkpoint at 'nothing.ckpt'
+experiment=search_digits ckpt_path=last
+    No checkpoint at
+experiment=search_digits supernet.chanels=3
+    Unknown key of supernet 'chanels'. Did you mean 'channels'?
+experiment=search_digits supernet.channels=[
+    Cannot read 'supernet.channels=['
+experiment=search_digits supernet.channels=0
+    channels is 0; it is at least 1
+experiment=search_digits trainer.max_epochs=abc
+    trainer.max_epochs=abc must be a whole number
+experiment=search_digits optimizer.weights.lr=fast
+    optimizer.weights.lr=fast must be a number
+experiment=search_digits trainer.precision=bf17
+    trainer.precision=bf17 must be one of
+experiment=search_digits data.horizontal_flip=3
+    data.horizontal_flip=3 must be true or false
+experiment=search_digits data.batch_size=0
+    batch_size=0 must be at least 1
+experiment=search_digits data.train_fraction=1
+    train_fraction=1 leaves a search without one of its two halves
+experiment=search_digits seed=-1
+    seed=-1 must be a whole number from 0 to
+experiment=search_digits seed=x
+    seed=x must be a whole number
+experiment=search_digits method=pc_darts supernet.channels=6
+    6 is not a multiple of it
+experiment=search_digits method=darts_unrolled method.hypergradient.product=exactly
+    must be one of finite_difference, exact
+experiment=search_digits method=darts_unrolled optimizer.weights.nesterov=true
+    nesterov
+experiment=train_digits genotype=from_file
+    The command lacks genotype.path=...
+experiment=train_digits genotype=from_file genotype.path=no.yaml
+    Cannot read the genotype file 'no.yaml'
+experiment=evaluate genotype=darts_v2
+    Nothing to evaluate: give ckpt_path=FILE
+experiment=evaluate genotype=darts_v2 ckpt_path={ROOT}/README.md
+    it is no checkpoint
+experiment=evaluate genotype=darts_v2 ckpt_path=no.pt
+    there is no such file
+experiment=draw
+    No genotype
+ckpt_path=last
+    The quick start does not resume
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"), re.findall(r"^(\S.*)\n    (.+)$", MISTAKES, re.MULTILINE)
+)
+def test_a_mistake_ends_in_one_sentence(arguments: str, sentence: str, command: Command) -> None:
+    result = command(*arguments.replace("{ROOT}", str(ROOT)).split())
+    assert result.code == 1
+    last = result.error.strip().splitlines()[-1]
+    assert last.startswith("Error: ")
+    assert sentence in last
+    assert "Traceback" not in result.error + result.out
+    assert not list(Path.cwd().rglob("genotype*.yaml"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(command: Command) -> None:
+    result = command("experiment=search_digits", "hardware=gpu")
+    assert result.code == 1
+    assert "This machine cannot run with these settings" in result.error
+    assert "hardware=auto takes what there is" in result.error
+
+
+def test_cifar10_that_cannot_be_had(command: Command, monkeypatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", refuse)
+    result = command("experiment=search_cifar10")
+    assert result.code == 1
+    assert "Error: CIFAR-10 is not in data/cifar10 and could not be downloaded" in result.error
+    assert "data=image_folder data.root=FOLDER" in result.error
+
+
+def test_help_lists_every_group(command: Command) -> None:
+    result = command("--help")
+    for group in ("experiment", "method", "hardware", "logger", "genotype", "data", "debug"):
+        assert f"{group}: {', '.join(options(group))}" in result.out
+
+
+@pytest.mark.slow
+def test_the_config_is_shown_and_kept(command: Command) -> None:
+    result = command("experiment=search_digits", *ON_DIGITS, *SMALL_SEARCH, "hydra.run.dir=here")
+    assert result.out.startswith("config\n")
+    assert "channels: 4" in result.out
+    kept = OmegaConf.load("here/config.yaml")
+    assert kept.supernet.channels == 4
+    assert "${" not in json.dumps(OmegaConf.to_container(kept, resolve=False))
