@@ -29,7 +29,11 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 from rich.syntax import Syntax
 from rich.tree import Tree
 
+from dartsl.data import count_classes
 from dartsl.errors import UserError, unknown
+
+# So that an image folder's number of classes is never typed: conf/data/image_folder.yaml.
+OmegaConf.register_new_resolver("count_classes", count_classes, replace=True)
 
 # ---- checks --------------------------------------------------------------------------------------
 

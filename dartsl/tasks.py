@@ -29,7 +29,6 @@ from dartsl.config import (
     relative,
     resolved,
 )
-from dartsl.data import count_classes
 from dartsl.errors import UserError, unknown
 from dartsl.genotype import Genotype
 from dartsl.interop import load_official_network
@@ -37,9 +36,6 @@ from dartsl.modules.resumable import check_same_tensors
 from dartsl.visualize import draw_genotype, save_figure
 
 log = logging.getLogger(__name__)
-
-# So that an image folder's number of classes is never typed: conf/data/image_folder.yaml.
-OmegaConf.register_new_resolver("count_classes", count_classes, replace=True)
 
 
 def search(cfg: DictConfig) -> float | None:
