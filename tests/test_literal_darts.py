@@ -8,6 +8,15 @@ from tests.golden_files import load_golden, relative_error, unpack, unpack_state
 from tests.literal_darts import Architect, Network, search_step
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """So small are these networks that threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def build_network(golden: dict, alphas: list) -> Network:
     config = golden["config"]
     network = Network(config["C"], config["classes"], config["layers"]).double()
@@ -39,6 +48,7 @@ def test_the_literal_networks_forward_pass_and_gradients() -> None:
     assert relative_error(network.eval()(x), golden["logits_eval_after"]) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["search_first_order.pt", "search_unrolled.pt"])
 def test_five_literal_search_steps(name) -> None:
     golden = load_golden(name)

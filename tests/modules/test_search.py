@@ -366,7 +366,9 @@ def test_the_weight_step_goes_through_manual_backward() -> None:
     assert [scalar.item() for scalar in scalars] == recorder.losses
 
 
-@pytest.mark.xfail(strict=True, reason="weight_step clips what the GradScaler has scaled")
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="weight_step clips what the GradScaler has scaled"
+)
 def test_clipping_is_blind_to_loss_scaling() -> None:
     """Gradients that are clipped before they are unscaled move the weights 65536 times less."""
     moves = []
@@ -393,7 +395,9 @@ def scaled_precision() -> MixedPrecision:
     return precision
 
 
-@pytest.mark.xfail(strict=True, reason="the finite difference runs under autocast")
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="the finite difference runs under autocast"
+)
 def test_the_finite_difference_is_in_full_precision_under_autocast() -> None:
     """In bfloat16 the difference of the two passes is noise, as large as the term itself."""
     c = case()
@@ -435,7 +439,11 @@ def run_two_ranks() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="the gradients of alpha are not averaged over the ranks")
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="the gradients of alpha are not averaged over the ranks",
+)
 def test_ranks_descend_the_mean_of_their_alpha_gradients(tmp_path) -> None:
     """`torch.autograd.grad` bypasses the hooks of DDP: the ranks would drift apart."""
     command = "from tests.modules.test_search import run_two_ranks; run_two_ranks()"
