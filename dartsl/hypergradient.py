@@ -151,7 +151,8 @@ def finite_difference_product(
         epsilon_scale: epsilon = epsilon_scale / ||v||, the norm over all weights.
 
     Returns:
-        (g+ - g-) / (2 epsilon), in the shapes of `alphas`; zeros where v is zero.
+        (g+ - g-) / (2 epsilon), in the shapes of `alphas`; zeros where v is zero. Both passes run
+        in full precision, autocast or not.
     """
     weights = list(weights)
     norm = torch.stack(torch._foreach_norm(list(vector))).norm()
@@ -159,13 +160,17 @@ def finite_difference_product(
     epsilon = epsilon_scale / norm.clamp_min(torch.finfo(norm.dtype).tiny)
     step = torch._foreach_mul(list(vector), epsilon)
     saved = [weight.detach().clone() for weight in weights]
+    # In half precision the difference of two gradients so close would be noise.
+    full_precision = torch.autocast(norm.device.type, enabled=False)
     try:
         with torch.no_grad():
             torch._foreach_add_(weights, step)
-        plus = _gradients(loss(), alphas)
+        with full_precision:
+            plus = _gradients(loss(), alphas)
         with torch.no_grad():
             torch._foreach_sub_(weights, step, alpha=2.0)
-        minus = _gradients(loss(), alphas)
+        with full_precision:
+            minus = _gradients(loss(), alphas)
     finally:
         _copy_(weights, saved)
     return list(torch._foreach_div(torch._foreach_sub(plus, minus), 2.0 * epsilon))

@@ -4,6 +4,7 @@ Shapes: E edges of a cell (14 for four nodes), P primitives (8 in DARTS).
 """
 
 import math
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -81,6 +82,26 @@ def discretize(strengths: Mapping[str, Any], space: SearchSpace) -> Genotype:
     """
     concat = tuple(range(2, space.num_intermediate_nodes + 2))
     normal, reduce = (_strongest(kind, strengths[kind], space) for kind in CELL_KINDS)
+    return Genotype(normal, concat, reduce, concat)
+
+
+def random_genotype(space: SearchSpace, seed: int) -> Genotype:
+    """A genotype drawn at random, the baseline of section 3.2 of arXiv:1806.09055.
+
+    Every node takes two different sources and any primitive other than 'none' from each, all
+    equally likely; the concatenation is as in `discretize`.
+    """
+    rng = random.Random(seed)
+    primitives = [primitive for primitive in space.primitives if primitive != "none"]
+    concat = tuple(range(2, space.num_intermediate_nodes + 2))
+    normal, reduce = (
+        tuple(
+            (rng.choice(primitives), source)
+            for node in concat
+            for source in sorted(rng.sample(range(node), 2))
+        )
+        for _ in CELL_KINDS
+    )
     return Genotype(normal, concat, reduce, concat)
 
 

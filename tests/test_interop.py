@@ -29,15 +29,6 @@ SIZES = {  # channels, cells, classes, channels of images, nodes, stem multiplie
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """So small are these networks that threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def literal_network(size: str = "three cells", seed: int = 1) -> Network:
     torch.manual_seed(seed)
     channels, cells, classes, in_channels, nodes, stem, primitives = SIZES[size]

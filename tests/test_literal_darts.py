@@ -8,15 +8,6 @@ from tests.golden_files import load_golden, relative_error, unpack, unpack_state
 from tests.literal_darts import Architect, Network, search_step
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """So small are these networks that threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def build_network(golden: dict, alphas: list) -> Network:
     config = golden["config"]
     network = Network(config["C"], config["classes"], config["layers"]).double()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dartsl.errors import UserError
 from dartsl.genotype import Genotype
 from dartsl.operations import OPERATIONS
-from dartsl.search_space import DARTS_PRIMITIVES, SearchSpace, discretize
+from dartsl.search_space import DARTS_PRIMITIVES, SearchSpace, discretize, random_genotype
 
 NONE, MAX, AVG, SKIP, SEP3, SEP5, DIL3, DIL5 = range(8)
 
@@ -301,3 +301,30 @@ def test_against_brute_force(case) -> None:
         brute_force(reduce_rows, names, nodes),
         concat,
     )
+
+
+# Random genotypes
+
+
+@pytest.mark.parametrize("nodes", [1, 4])
+def test_a_random_genotype_is_one_of_the_space(nodes) -> None:
+    space = SearchSpace(num_intermediate_nodes=nodes)
+    drawn = [random_genotype(space, seed) for seed in range(300)]
+    for genotype in drawn:
+        assert genotype.normal_concat == genotype.reduce_concat == tuple(range(2, nodes + 2))
+        for edges in (genotype.normal, genotype.reduce):
+            assert len(edges) == 2 * nodes
+            for node in range(nodes):
+                assert edges[2 * node][1] < edges[2 * node + 1][1] < node + 2
+    used = {primitive for genotype in drawn for primitive in genotype.primitives}
+    assert used == set(DARTS_PRIMITIVES) - {"none"}
+    pairs = [edges[-2][1] * 10 + edges[-1][1] for edges in (g.normal for g in drawn)]
+    sources = (nodes + 1) * nodes // 2  # pairs of the last node's sources, all equally likely
+    assert len(set(pairs)) == sources
+    assert max(pairs.count(pair) for pair in set(pairs)) < 300 / sources * 2 + 1
+
+
+def test_a_seed_gives_one_genotype() -> None:
+    space = SearchSpace()
+    assert random_genotype(space, 3) == random_genotype(space, 3)
+    assert len({repr(random_genotype(space, seed)) for seed in range(20)}) == 20

@@ -99,18 +99,21 @@ class SearchModule(ResumableModule):
         self.trainer.optimizers[1].step()
 
     def weight_step(self, train: Batch) -> Tensor:
-        """Line 2 of Algorithm 1; the gradients are clipped to a norm of `gradient_clip`."""
+        """Line 2 of Algorithm 1, with clipped gradients."""
         x, y = train
         optimizer = cast(list[LightningOptimizer], self.optimizers())[0]
         optimizer.zero_grad()
         with without_gradients(self.supernet.arch_parameters()):
             loss, logits = self.loss(x, y)
             self.manual_backward(loss)
-        nn.utils.clip_grad_norm_(self.supernet.weight_parameters(), self.gradient_clip)
-        optimizer.step()
+        optimizer.step()  # which calls on_before_optimizer_step
         self.train_metrics.update(loss, logits, y)
         self.log("search/train_loss_step", loss.detach(), prog_bar=True)
         return loss.detach()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip the gradients of the weights, which here are unscaled also under float16."""
+        nn.utils.clip_grad_norm_(self.supernet.weight_parameters(), self.gradient_clip)
 
     def bilevel_problem(self, train: Batch, val: Batch) -> BilevelProblem:
         """What the hypergradient sees of this step."""

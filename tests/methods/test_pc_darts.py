@@ -36,15 +36,6 @@ SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=3e-4)
 ADAM = partial(torch.optim.Adam, lr=3e-4, betas=(0.5, 0.999), weight_decay=1e-3)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """So small are these networks that threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class PartialMixedOp(nn.Module):
     """Eq. 2."""
 

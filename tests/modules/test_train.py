@@ -22,15 +22,6 @@ RATES = (0.1, 0.02, 0.05)
 Batches = list[tuple[Tensor, Tensor]]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """So small are these networks that threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def network(**changes: Any) -> FinalNetwork:
     torch.manual_seed(1)
     arguments = {"channels": 4, "num_cells": 3, "num_classes": 3}
