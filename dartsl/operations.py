@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dartsl.depthwise import DepthwiseConv2d
+
 
 class Zero(nn.Module):
     """No connection: zeros of the operation's output shape."""
@@ -63,8 +65,8 @@ class FactorizedReduce(nn.Module):
         """[B, in_channels, H, W] -> [B, out_channels, ceil(H / 2), ceil(W / 2)]."""
         x = F.relu(x)
         height, width = x.shape[2:]
-        shifted = F.pad(x, (0, width % 2, 0, height % 2))[:, :, 1:, 1:]
-        return self.bn(torch.cat([self.conv_1(x), self.conv_2(shifted)], dim=1))
+        even = F.pad(x, (0, width % 2, 0, height % 2)) if height % 2 or width % 2 else x
+        return self.bn(torch.cat([self.conv_1(x), self.conv_2(even[:, :, 1:, 1:])], dim=1))
 
 
 class SeparableConv(nn.Module):
@@ -99,12 +101,9 @@ class DilatedConv(nn.Module):
 def _separable(
     channels: int, kernel_size: int, stride: int, dilation: int, affine: bool
 ) -> list[nn.Module]:
-    padding = dilation * (kernel_size // 2)
     return [
         nn.ReLU(),
-        nn.Conv2d(
-            channels, channels, kernel_size, stride, padding, dilation, groups=channels, bias=False
-        ),
+        DepthwiseConv2d(channels, kernel_size, stride, dilation),
         nn.Conv2d(channels, channels, 1, bias=False),
         nn.BatchNorm2d(channels, affine=affine),
     ]
