@@ -18,7 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dartsl.depthwise import DepthwiseConv2d
-from dartsl.operations import OPERATIONS, DilatedConv, FactorizedReduce, SeparableConv, Zero
+from dartsl.operations import (
+    OPERATIONS,
+    DilatedConv,
+    FactorizedReduce,
+    SeparableConv,
+    Zero,
+    shifted,
+)
 
 Pool = nn.MaxPool2d | nn.AvgPool2d
 CHAIN_LAYERS = (nn.ReLU, nn.Conv2d, DepthwiseConv2d, nn.BatchNorm2d)
@@ -55,11 +62,11 @@ class MergedBatchNorm(nn.Module):
 
         Its batch statistics are the same on every edge. Each edge's running ones follow them.
         """
-        mean, variance = x.new_zeros(2, x.shape[1], dtype=self.running_mean.dtype).unbind()
-        normalized = F.batch_norm(x, mean, variance, training=True, momentum=1.0, eps=self.eps)
+        batch = x.new_zeros(2, x.shape[1], dtype=self.running_mean.dtype).unbind()
+        normalized = F.batch_norm(x, *batch, training=True, momentum=1.0, eps=self.eps)
+        by_edge = [s.view(-1, x.shape[1]) for s in (self.running_mean, self.running_var)]
         with torch.no_grad():
-            self.running_mean.view(-1, x.shape[1]).lerp_(mean, self.momentum)
-            self.running_var.view(-1, x.shape[1]).lerp_(variance, self.momentum)
+            torch._foreach_lerp_(by_edge, [s.expand_as(by_edge[0]) for s in batch], self.momentum)
         return normalized
 
 
@@ -101,41 +108,39 @@ class MergedReduce(nn.Module):
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
         """[B, k C, H, W], k times ReLU(x), and weights [k C] -> [B, k C, H', W']."""
-        height, width = x.shape[2:]
-        even = F.pad(x, (0, width % 2, 0, height % 2)) if height % 2 or width % 2 else x
-        branches = [self.conv_1(x), self.conv_2(even[:, :, 1:, 1:])]
+        branches = [self.conv_1(x), self.conv_2(shifted(x))]
         # Each edge's channels are together: the first edge's two halves come first.
         halves = zip(*(branch.chunk(self.num_edges, dim=1) for branch in branches), strict=True)
         return self.bn(torch.cat([half for pair in halves for half in pair], dim=1), weights)
 
 
-class NormalizedPool(nn.Sequential):
-    """A pool and its BatchNorm; the running statistics are those of k edges, [k C].
+class ReadsSource:
+    """Marks a merged operation that reads x itself and not k times ReLU(x)."""
 
-    In training it returns the map [B, C, H', W'] that all edges share.
-    """
+
+class NormalizedPool(ReadsSource, nn.Sequential):
+    """A pool and its BatchNorm, whose running statistics are those of k edges, [k C]."""
 
     def __init__(self, pool: Pool, num_features: int) -> None:
         super().__init__(pool, MergedBatchNorm(num_features))
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """The shared normalized map of x [B, C, H, W]."""
+    def shared_map(self, x: Tensor) -> Tensor:
+        """In training, the map [B, C, H', W'] of x [B, C, H, W] that is the same on all edges."""
         pool, norm = self
         return norm.forward_shared(pool(x))
 
-    def forward_by_edge(self, x: Tensor, weights: Tensor) -> Tensor:
-        """Weighted by [k C], normalized with each edge's running statistics: [B, k C, H', W']."""
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:  # type: ignore[override]
+        """In evaluation, by each edge's running statistics: [B, k C, H', W']; weights [k C]."""
         pool, norm = self
         return norm(pool(x).repeat(1, len(weights) // x.shape[1], 1, 1), weights)
 
 
-class PerEdge(nn.ModuleList):
+class PerEdge(ReadsSource, nn.ModuleList):
     """k copies of an operation for which there is no merged form, one after the other."""
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
         """Weighted outputs [B, k C, H', W'] of x [B, C, H, W]; weights [k C]."""
-        outputs = torch.cat([operation(x) for operation in self], dim=1)
-        return outputs * weights[:, None, None]
+        return torch.cat([operation(x) for operation in self], dim=1) * weights[:, None, None]
 
 
 def merged_operation(primitive: str, channels: int, stride: int, num_edges: int) -> nn.Module:

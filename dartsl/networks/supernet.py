@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dartsl.genotype import Genotype
 from dartsl.networks.layout import preprocess_previous_previous, reduction_cells
-from dartsl.networks.merged import NormalizedPool, PerEdge, merged_operation
+from dartsl.networks.merged import NormalizedPool, ReadsSource, merged_operation
 from dartsl.networks.relaxation import Softmax
 from dartsl.operations import ReLUConvBN, Zero
 from dartsl.search_space import CELL_KINDS, SearchSpace, discretize
@@ -58,53 +58,50 @@ class MixedOperation(nn.Module):
         Returns:
             k outputs [B, C, ceil(H / stride), ceil(W / stride)].
         """
-        rectified = torch.cat([x.relu()] * self.num_edges, dim=1)
-        # Each edge's weight once for every channel, [P, k C]. Not an expanded view: BatchNorm's
-        # gradients are NaN where its weight has stride 0.
-        spread = weights.t().repeat_interleave(x.shape[1], dim=1)
         shared: list[tuple[Tensor, Tensor]] = []
-        merged: list[Tensor] = []
-        for operation, column, row in zip(
-            self.operations, weights.unbind(1), spread.unbind(), strict=True
-        ):
-            if isinstance(operation, Zero):
-                # 'none' adds exactly 0, its weight has gradient 0: it acts through Eq. 2 alone.
-                continue
+        merged: list[tuple[nn.Module, Tensor]] = []
+        for operation, column in zip(self.operations, weights.unbind(1), strict=True):
             if isinstance(operation, nn.Identity):
-                shared.append((column, x))
+                shared.append((x, column))
             elif isinstance(operation, NormalizedPool) and self.training:
-                shared.append((column, operation(x)))
-            elif isinstance(operation, NormalizedPool):
-                merged.append(operation.forward_by_edge(x, row))
-            else:
-                merged.append(operation(x if isinstance(operation, PerEdge) else rectified, row))
-        return self._part(shared, merged)
-
-    def _part(
-        self, shared: Sequence[tuple[Tensor, Tensor]], merged: Sequence[Tensor]
-    ) -> Sequence[Tensor]:
-        """The sum of both kinds of terms, parted by edge."""
-        if not shared:
-            return _sum(merged).chunk(self.num_edges, dim=1)
-        columns, maps = zip(*shared, strict=True)
-        edges = weigh_maps(torch.stack(columns, dim=1), torch.stack(maps))
+                shared.append((operation.shared_map(x), column))
+            elif not isinstance(operation, Zero):
+                # 'none' adds exactly 0, its weight has gradient 0: it acts through Eq. 2 alone.
+                merged.append((operation, column))
+        # Of every edge: from the maps that all edges share, and from operations of its own.
+        terms = [weigh_maps(*zip(*shared, strict=True))] if shared else []
         if merged:
-            edges = edges + _sum(merged).unflatten(1, (self.num_edges, -1)).transpose(0, 1)
-        return edges.unbind()
+            # Chunks, not one sum over all edges: their gradients come back in channels_last.
+            terms.append(self._merged_sum(x, *zip(*merged, strict=True)).chunk(self.num_edges, 1))
+        return [_sum(of_edge) for of_edge in zip(*terms, strict=True)]
+
+    def _merged_sum(
+        self, x: Tensor, operations: Sequence[nn.Module], columns: Sequence[Tensor]
+    ) -> Tensor:
+        """Sum of the merged operations on x [B, C, H, W], weighted by columns [k]: [B, k C, ...]."""
+        rectified = torch.cat([x] * self.num_edges, dim=1).relu()
+        # Each edge's weight once for every channel. Not an expanded view: the gradients of a
+        # BatchNorm are NaN where its weight has stride 0.
+        rows = torch.stack(columns).repeat_interleave(x.shape[1], dim=1).unbind()
+        return _sum(
+            operation(x if isinstance(operation, ReadsSource) else rectified, row)
+            for operation, row in zip(operations, rows, strict=True)
+        )
 
 
-def weigh_maps(weights: Tensor, maps: Tensor) -> Tensor:
+def weigh_maps(maps: Sequence[Tensor], columns: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Weighted sums of maps that all edges share, as one matrix product.
 
     Args:
-        weights: [k, M].
-        maps: [M, B, C, H, W].
+        maps: M times [B, C, H, W].
+        columns: the edges' weights of each map, M times [k].
 
     Returns:
-        [k, B, C, H, W], every edge's in channels_last.
+        k sums [B, C, H, W], in channels_last.
     """
-    maps = maps.movedim(2, -1)
-    return (weights @ maps.flatten(1)).view(-1, *maps.shape[1:]).movedim(-1, 2)
+    stacked = torch.stack([single.movedim(1, -1) for single in maps])
+    sums = torch.stack(columns, dim=1) @ stacked.flatten(1)
+    return sums.view(-1, *stacked.shape[1:]).movedim(-1, 2).unbind()
 
 
 def _sum(terms: Iterable[Tensor]) -> Tensor:
@@ -127,9 +124,9 @@ class SearchCell(nn.Module):
         super().__init__()
         self.kind = "reduce" if reduction else "normal"
         self.preprocess0 = preprocess_previous_previous(
-            channels_prev_prev, channels, reduction_prev, affine=False
+            channels_prev_prev, channels, reduction_prev, affine=False, rectified=True
         )
-        self.preprocess1 = ReLUConvBN(channels_prev, channels, affine=False)
+        self.preprocess1 = ReLUConvBN(channels_prev, channels, affine=False, rectified=True)
         self.num_nodes = space.num_intermediate_nodes
         # For every node that edges leave, their rows of alpha.
         self.rows = [
@@ -150,8 +147,8 @@ class SearchCell(nn.Module):
         """The concatenation of the intermediate nodes.
 
         Args:
-            s0: output of the cell before the last, [B, channels_prev_prev, H, W].
-            s1: output of the last cell, [B, channels_prev, H, W].
+            s0: ReLU of the output of the cell before the last, [B, channels_prev_prev, H, W].
+            s1: ReLU of the output of the last cell, [B, channels_prev, H, W].
             weights: of this kind of cell, [E, P].
 
         Returns:
@@ -159,7 +156,7 @@ class SearchCell(nn.Module):
         """
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         arriving: list[list[Tensor]] = [[] for _ in range(self.num_nodes)]
-        by_source = weights[self.row_order].split([len(rows) for rows in self.rows])
+        by_source = weights.index_select(0, self.row_order).split([len(rows) for rows in self.rows])
         for source, (mixed_operation, rows) in enumerate(zip(self.sources, by_source, strict=True)):
             if source >= 2:  # all edges into this node have come from the sources before it
                 states.append(_sum(arriving[source - 2]))
@@ -237,10 +234,13 @@ class Supernet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, num_classes] of images [B, in_channels, H, W]."""
         weights = {kind: self.relaxations[kind](alpha) for kind, alpha in self.alphas.items()}
-        s0 = s1 = self.stem(x.contiguous(memory_format=torch.channels_last))
+        output = self.stem(x.contiguous(memory_format=torch.channels_last))
+        # Two cells read every output, both through a ReLU: it is taken once.
+        s0 = s1 = output.relu()
         for cell in self.cells:
-            s0, s1 = s1, cell(s0, s1, weights[cast(SearchCell, cell).kind])
-        return self.classifier(F.adaptive_avg_pool2d(s1, 1).flatten(1))
+            output = cell(s0, s1, weights[cast(SearchCell, cell).kind])
+            s0, s1 = s1, output.relu()
+        return self.classifier(F.adaptive_avg_pool2d(output, 1).flatten(1))
 
     def arch_parameters(self) -> list[nn.Parameter]:
         """Raw alpha [E, P] of the normal and the reduction cell, then the relaxation's own."""
