@@ -1,20 +1,26 @@
 """Checkpoints of the official code (quark0/darts), both ways.
 
 The modules carry the official submodule names but for one: what the official code calls `_ops` is
-`edges` in a search cell and `operations` in a mixed operation and a final cell.
+`operations` in a final cell. In a search cell it is `sources` and, within, `operations`: the
+operations of all edges that leave one node are merged, and so are their tensors.
 """
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from dartsl.errors import UserError
 from dartsl.modules.resumable import check_same_tensors
-from dartsl.networks import FinalNetwork, Supernet
+from dartsl.networks import FinalNetwork, SearchCell, Supernet
+from dartsl.networks.merged import PerEdge
 
-_OURS_TO_OFFICIAL = re.compile(r"\.(?:edges|operations)\.(?=\d)")
+_MERGED = re.compile(
+    r"(?P<operation>(?P<cell>cells\.\d+)\.sources\.(?P<source>\d+)\.operations\.(?P<primitive>\d+))"
+    r"\.(?P<rest>.+)"
+)
 _SEARCHED = ("alphas.", "relaxations.")  # in no state_dict of the official code
 _COUNTER = "num_batches_tracked"
 
@@ -56,31 +62,51 @@ def load_official_network(network: FinalNetwork, state_dict: Mapping[str, Tensor
 
 def official_state_dict(model: Supernet | FinalNetwork) -> dict[str, Tensor]:
     """Weights and buffers under the official names; alphas are not among them."""
+    state = official_tensors(model, model.state_dict())
     return {
-        official: tensor.detach().clone()
-        for official, tensor in _official(model.state_dict(keep_vars=True)).items()
+        name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()
     }
 
 
 def official_gradients(model: Supernet | FinalNetwork) -> dict[str, Tensor]:
     """The `.grad` of the weights under the official names; weights without one are left out."""
-    return {
-        official: parameter.grad
-        for official, parameter in _official(dict(model.named_parameters())).items()
-        if parameter.grad is not None
-    }
+    gradients = {name: weight.grad for name, weight in model.named_parameters()}
+    return official_tensors(model, {k: v for k, v in gradients.items() if v is not None})
 
 
-def _official(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        _OURS_TO_OFFICIAL.sub("._ops.", name): tensor
-        for name, tensor in tensors.items()
-        if not name.startswith(_SEARCHED)
-    }
+def official_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Official name -> tensor, itself or a view of one, of `tensors` under our names."""
+    official: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        merged = _MERGED.fullmatch(name)
+        if merged is not None:
+            official |= _edge_tensors(model, merged, tensor)
+        elif not name.startswith(_SEARCHED):
+            official[name.replace(".operations.", "._ops.")] = tensor
+    # A merged BatchNorm does not count: it has seen the batches that the stem's has seen.
+    for name in [name for name in official if name.endswith("running_var")]:
+        counter = name.removesuffix("running_var") + _COUNTER
+        official.setdefault(counter, tensors[f"stem.1.{_COUNTER}"])
+    return official
+
+
+def _edge_tensors(model: nn.Module, name: re.Match[str], tensor: Tensor) -> dict[str, Tensor]:
+    """The tensor's parts by official name: one for each edge, along the first dimension."""
+    cell = cast(SearchCell, model.get_submodule(name["cell"]))
+    edges = cell.rows[int(name["source"])]
+    operation = model.get_submodule(name["operation"])
+    rest = name["rest"]
+    if isinstance(operation, PerEdge):
+        number, rest = rest.split(".", 1)
+        parts = {edges[int(number)]: tensor}
+    else:
+        parts = dict(zip(edges, tensor.chunk(len(edges)), strict=True))
+    prefix, primitive = f"{name['cell']}._ops", name["primitive"]
+    return {f"{prefix}.{edge}._ops.{primitive}.{rest}": part for edge, part in parts.items()}
 
 
 def _load(model: nn.Module, state_dict: Mapping[str, Tensor], name: str) -> None:
-    targets = _official(model.state_dict(keep_vars=True))
+    targets = official_tensors(model, model.state_dict())
     # Old files have no counters of BatchNorm batches: then ours stay as they are.
     expected = {
         key: value

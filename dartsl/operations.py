@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dartsl.depthwise import DepthwiseConv2d
+
 
 class Zero(nn.Module):
     """No connection: zeros of the operation's output shape."""
@@ -25,14 +27,27 @@ class Zero(nn.Module):
 
 
 class ReLUConvBN(nn.Module):
-    """ReLU, convolution, BatchNorm; keeps the size."""
+    """ReLU, convolution, BatchNorm; keeps the size.
+
+    Args:
+        in_channels: of the input.
+        out_channels: of the output.
+        kernel_size: odd.
+        affine: whether the BatchNorm has affine parameters.
+        rectified: whether the input has passed the ReLU already.
+    """
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int = 1, affine: bool = True
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 1,
+        affine: bool = True,
+        rectified: bool = False,
     ) -> None:
         super().__init__()
         self.op = nn.Sequential(
-            nn.ReLU(),
+            nn.Identity() if rectified else nn.ReLU(),
             nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False),
             nn.BatchNorm2d(out_channels, affine=affine),
         )
@@ -45,14 +60,23 @@ class ReLUConvBN(nn.Module):
 class FactorizedReduce(nn.Module):
     """Halves the size without a blind spot: two 1x1 convolutions, the second shifted by a pixel.
 
+    Args:
+        in_channels: of the input.
+        out_channels: of the output.
+        affine: whether the BatchNorm has affine parameters.
+        rectified: whether the input has passed the ReLU already.
+
     Note:
         The official code fails on odd sizes. Here the shifted branch of an odd size sees one row
         (column) of zeros past the border, so that any size gives ceil(size / 2), the output size
         of every other operation of stride 2; even sizes are untouched.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, affine: bool = True) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, affine: bool = True, rectified: bool = False
+    ) -> None:
         super().__init__()
+        self.rectified = rectified
         # An odd number of channels gives the surplus one to the first branch.
         second = out_channels // 2
         self.conv_1 = nn.Conv2d(in_channels, out_channels - second, 1, stride=2, bias=False)
@@ -61,10 +85,16 @@ class FactorizedReduce(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in_channels, H, W] -> [B, out_channels, ceil(H / 2), ceil(W / 2)]."""
-        x = F.relu(x)
-        height, width = x.shape[2:]
-        shifted = F.pad(x, (0, width % 2, 0, height % 2))[:, :, 1:, 1:]
-        return self.bn(torch.cat([self.conv_1(x), self.conv_2(shifted)], dim=1))
+        x = x if self.rectified else F.relu(x)
+        return self.bn(torch.cat([self.conv_1(x), self.conv_2(shifted(x))], dim=1))
+
+
+def shifted(x: Tensor) -> Tensor:
+    """`x` without its first row and column; an odd size has one of zeros past the border."""
+    height, width = x.shape[2:]
+    if height % 2 or width % 2:
+        x = F.pad(x, (0, width % 2, 0, height % 2))
+    return x[:, :, 1:, 1:]
 
 
 class SeparableConv(nn.Module):
@@ -99,12 +129,9 @@ class DilatedConv(nn.Module):
 def _separable(
     channels: int, kernel_size: int, stride: int, dilation: int, affine: bool
 ) -> list[nn.Module]:
-    padding = dilation * (kernel_size // 2)
     return [
         nn.ReLU(),
-        nn.Conv2d(
-            channels, channels, kernel_size, stride, padding, dilation, groups=channels, bias=False
-        ),
+        DepthwiseConv2d(channels, kernel_size, stride, dilation),
         nn.Conv2d(channels, channels, 1, bias=False),
         nn.BatchNorm2d(channels, affine=affine),
     ]

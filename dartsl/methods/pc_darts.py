@@ -24,6 +24,7 @@ class PartialMixedOperation(MixedOperation):
         channels: C, divisible by `proportion`.
         stride: 1 or 2; what passes by is then max-pooled.
         primitives: of the search space.
+        num_edges: k, the edges that leave the node.
         proportion: K of the paper, 4 on CIFAR-10.
 
     Raises:
@@ -31,27 +32,35 @@ class PartialMixedOperation(MixedOperation):
     """
 
     def __init__(
-        self, channels: int, stride: int, primitives: Sequence[str], proportion: int = 4
+        self,
+        channels: int,
+        stride: int,
+        primitives: Sequence[str],
+        num_edges: int,
+        proportion: int = 4,
     ) -> None:
         if channels % proportion:
             raise UserError(
                 f"PC-DARTS parts the channels in {proportion}: {channels} is not a multiple of it."
             )
-        super().__init__(channels // proportion, stride, primitives)
+        super().__init__(channels // proportion, stride, primitives, num_edges)
         self.stride = stride
         self.proportion = proportion
 
-    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C, ceil(H / stride), ceil(W / stride)]."""
+    def forward(self, x: Tensor, weights: Tensor) -> list[Tensor]:
+        """[B, C, H, W] and [k, P] -> k outputs [B, C, ceil(H / stride), ceil(W / stride)]."""
         part = x.shape[1] // self.proportion
         sampled, passed = x.split([part, x.shape[1] - part], dim=1)
         if self.stride == 2:
             passed = F.max_pool2d(passed, 2, ceil_mode=True)
         # An edge weighs both parts. Its weight is the sum over its primitives, whose softmax sums
         # to 1 before edge normalisation.
-        joined = torch.cat([super().forward(sampled, weights), passed * weights.sum()], dim=1)
+        outputs = zip(super().forward(sampled, weights), weights.sum(dim=1).unbind(), strict=True)
         # The next operation samples other channels than this one.
-        return F.channel_shuffle(joined, self.proportion)
+        return [
+            F.channel_shuffle(torch.cat([output, passed * weight], dim=1), self.proportion)
+            for output, weight in outputs
+        ]
 
 
 class EdgeNormalizedSoftmax(nn.Module):

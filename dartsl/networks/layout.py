@@ -17,9 +17,9 @@ def reduction_cells(num_cells: int) -> frozenset[int]:
 
 
 def preprocess_previous_previous(
-    channels_in: int, channels: int, reduction_prev: bool, affine: bool
+    channels_in: int, channels: int, reduction_prev: bool, affine: bool, rectified: bool = False
 ) -> ReLUConvBN | FactorizedReduce:
     """Brings a cell's first input to its channels, and to its size after a reduction cell."""
     if reduction_prev:
-        return FactorizedReduce(channels_in, channels, affine)
-    return ReLUConvBN(channels_in, channels, affine=affine)
+        return FactorizedReduce(channels_in, channels, affine, rectified)
+    return ReLUConvBN(channels_in, channels, affine=affine, rectified=rectified)

@@ -14,49 +14,94 @@ from torch import Tensor, nn
 
 from dartsl.genotype import Genotype
 from dartsl.networks.layout import check_sizes, preprocess_previous_previous, reduction_cells
+from dartsl.networks.merged import NormalizedPool, ReadsSource, merged_operation
 from dartsl.networks.relaxation import Softmax
-from dartsl.operations import OPERATIONS, ReLUConvBN, Zero
+from dartsl.operations import ReLUConvBN, Zero
 from dartsl.search_space import CELL_KINDS, SearchSpace, discretize
+
+MixedOperationFactory = Callable[[int, int, Sequence[str], int], nn.Module]
 
 ALPHA_INIT_STD = 1e-3  # official code: 1e-3 * randn
 
 
 class MixedOperation(nn.Module):
-    """The weighted sum of all operations on one edge (Eq. 2 of arXiv:1806.09055).
+    """The mixed operations on all edges that leave one node (Eq. 2 of arXiv:1806.09055).
 
-    As in the official code, pooling is followed by a BatchNorm, and no BatchNorm has affine
-    parameters, which would rescale what alpha weighs.
+    On every edge, o(x) = sum over the primitives of weight * operation(x). The edges share x and
+    are computed together, see `dartsl.networks.merged`; the sum over the primitives is taken
+    before the edges part. As in the official code, pooling is followed by a BatchNorm, and no
+    BatchNorm has affine parameters, which would rescale what alpha weighs.
+
+    Args:
+        channels: C.
+        stride: 1 or 2.
+        primitives: of the search space.
+        num_edges: k, the edges that leave the node.
     """
 
-    def __init__(self, channels: int, stride: int, primitives: Sequence[str]) -> None:
+    def __init__(
+        self, channels: int, stride: int, primitives: Sequence[str], num_edges: int
+    ) -> None:
         super().__init__()
+        self.num_edges = num_edges
         self.operations = nn.ModuleList(
-            _search_operation(primitive, channels, stride) for primitive in primitives
+            merged_operation(primitive, channels, stride, num_edges) for primitive in primitives
         )
 
-    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
-        """Sum of weight * operation(x) over the primitives.
+    def forward(self, x: Tensor, weights: Tensor) -> Sequence[Tensor]:
+        """The mixed operation of every edge.
 
         Args:
-            x: [B, C, H, W].
-            weights: of this edge, [P].
+            x: the node, [B, C, H, W].
+            weights: of the edges, [k, P].
 
         Returns:
-            [B, C, ceil(H / stride), ceil(W / stride)].
+            k outputs [B, C, ceil(H / stride), ceil(W / stride)].
         """
+        shared: list[tuple[Tensor, Tensor]] = []
+        merged: list[tuple[nn.Module, Tensor]] = []
+        for operation, column in zip(self.operations, weights.unbind(1), strict=True):
+            if isinstance(operation, nn.Identity):
+                shared.append((x, column))
+            elif isinstance(operation, NormalizedPool) and self.training:
+                shared.append((operation.shared_map(x), column))
+            elif not isinstance(operation, Zero):
+                # 'none' adds exactly 0, its weight has gradient 0: it acts through Eq. 2 alone.
+                merged.append((operation, column))
+        # Of every edge: from the maps that all edges share, and from operations of its own.
+        terms = [weigh_maps(*zip(*shared, strict=True))] if shared else []
+        if merged:
+            # Chunks, not one sum over all edges: their gradients come back in channels_last.
+            terms.append(self._merged_sum(x, *zip(*merged, strict=True)).chunk(self.num_edges, 1))
+        return [_sum(of_edge) for of_edge in zip(*terms, strict=True)]
+
+    def _merged_sum(
+        self, x: Tensor, operations: Sequence[nn.Module], columns: Sequence[Tensor]
+    ) -> Tensor:
+        """Sum of the merged operations on x [B, C, H, W], weighted by columns [k]: [B, k C, ...]."""
+        rectified = torch.cat([x] * self.num_edges, dim=1).relu()
+        # Each edge's weight once for every channel. Not an expanded view: the gradients of a
+        # BatchNorm are NaN where its weight has stride 0.
+        rows = torch.stack(columns).repeat_interleave(x.shape[1], dim=1).unbind()
         return _sum(
-            weight * operation(x)
-            for weight, operation in zip(weights.unbind(), self.operations, strict=True)
-            # 'none' adds exactly 0 and its weight has gradient 0: it acts through Eq. 2 alone.
-            if not isinstance(operation, Zero)
+            operation(x if isinstance(operation, ReadsSource) else rectified, row)
+            for operation, row in zip(operations, rows, strict=True)
         )
 
 
-def _search_operation(primitive: str, channels: int, stride: int) -> nn.Module:
-    operation = OPERATIONS[primitive](channels, stride, False)
-    if isinstance(operation, nn.MaxPool2d | nn.AvgPool2d):
-        return nn.Sequential(operation, nn.BatchNorm2d(channels, affine=False))
-    return operation
+def weigh_maps(maps: Sequence[Tensor], columns: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Weighted sums of maps that all edges share, as one matrix product.
+
+    Args:
+        maps: M times [B, C, H, W].
+        columns: the edges' weights of each map, M times [k].
+
+    Returns:
+        k sums [B, C, H, W], in channels_last.
+    """
+    stacked = torch.stack([single.movedim(1, -1) for single in maps])
+    sums = torch.stack(columns, dim=1) @ stacked.flatten(1)
+    return sums.view(-1, *stacked.shape[1:]).movedim(-1, 2).unbind()
 
 
 def _sum(terms: Iterable[Tensor]) -> Tensor:
@@ -74,38 +119,51 @@ class SearchCell(nn.Module):
         channels: int,
         reduction: bool,
         reduction_prev: bool,
-        mixed_operation: Callable[[int, int, Sequence[str]], nn.Module] = MixedOperation,
+        mixed_operation: MixedOperationFactory = MixedOperation,
     ) -> None:
         super().__init__()
         self.kind = "reduce" if reduction else "normal"
-        self.topology = space.edges
         self.preprocess0 = preprocess_previous_previous(
-            channels_prev_prev, channels, reduction_prev, affine=False
+            channels_prev_prev, channels, reduction_prev, affine=False, rectified=True
         )
-        self.preprocess1 = ReLUConvBN(channels_prev, channels, affine=False)
-        self.edges = nn.ModuleList(
-            mixed_operation(channels, 2 if reduction and source < 2 else 1, space.primitives)
-            for _, source in space.edges
+        self.preprocess1 = ReLUConvBN(channels_prev, channels, affine=False, rectified=True)
+        self.num_nodes = space.num_intermediate_nodes
+        # For every node that edges leave, their rows of alpha.
+        self.rows = [
+            [row for row, (_, source) in enumerate(space.edges) if source == node]
+            for node in range(self.num_nodes + 1)
+        ]
+        order = torch.tensor([row for rows in self.rows for row in rows])
+        self.register_buffer("row_order", order, persistent=False)
+        self.row_order: Tensor
+        self.sources = nn.ModuleList(
+            mixed_operation(
+                channels, 2 if reduction and source < 2 else 1, space.primitives, len(rows)
+            )
+            for source, rows in enumerate(self.rows)
         )
 
     def forward(self, s0: Tensor, s1: Tensor, weights: Tensor) -> Tensor:
         """The concatenation of the intermediate nodes.
 
         Args:
-            s0: output of the cell before the last, [B, channels_prev_prev, H, W].
-            s1: output of the last cell, [B, channels_prev, H, W].
+            s0: ReLU of the output of the cell before the last, [B, channels_prev_prev, H, W].
+            s1: ReLU of the output of the last cell, [B, channels_prev, H, W].
             weights: of this kind of cell, [E, P].
 
         Returns:
             [B, num_intermediate_nodes * channels, H, W], halved in a reduction cell.
         """
         states = [self.preprocess0(s0), self.preprocess1(s1)]
-        terms: list[Tensor] = []
-        for (_, source), edge, row in zip(self.topology, self.edges, weights.unbind(), strict=True):
-            terms.append(edge(states[source], row))
-            if len(terms) == len(states):  # a node has one edge from every state before it
-                states.append(_sum(terms))
-                terms = []
+        arriving: list[list[Tensor]] = [[] for _ in range(self.num_nodes)]
+        by_source = weights.index_select(0, self.row_order).split([len(rows) for rows in self.rows])
+        for source, (mixed_operation, rows) in enumerate(zip(self.sources, by_source, strict=True)):
+            if source >= 2:  # all edges into this node have come from the sources before it
+                states.append(_sum(arriving[source - 2]))
+            targets = arriving[-len(rows) :]
+            for terms, output in zip(targets, mixed_operation(states[source], rows), strict=True):
+                terms.append(output)
+        states.append(_sum(arriving[-1]))
         return torch.cat(states[2:], dim=1)
 
 
@@ -120,7 +178,8 @@ class Supernet(nn.Module):
         in_channels: of the images.
         stem_multiplier: the stem has `stem_multiplier * channels` channels.
         relaxation: alpha -> edge weights; each kind of cell gets a copy of its own.
-        mixed_operation: factory(channels, stride, primitives) of what an edge computes.
+        mixed_operation: factory(channels, stride, primitives, num_edges) of what the edges that
+            leave a node compute.
 
     Raises:
         UserError: for a size below 1.
@@ -136,7 +195,7 @@ class Supernet(nn.Module):
         stem_multiplier: int = 3,
         relaxation: nn.Module | None = None,
         *,
-        mixed_operation: Callable[[int, int, Sequence[str]], nn.Module] = MixedOperation,
+        mixed_operation: MixedOperationFactory = MixedOperation,
     ) -> None:
         super().__init__()
         check_sizes(
@@ -177,14 +236,18 @@ class Supernet(nn.Module):
             channels_prev_prev = channels_prev
             channels_prev = space.num_intermediate_nodes * channels
         self.classifier = nn.Linear(channels_prev, num_classes)
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, num_classes] of images [B, in_channels, H, W]."""
         weights = {kind: self.relaxations[kind](alpha) for kind, alpha in self.alphas.items()}
-        s0 = s1 = self.stem(x)
+        output = self.stem(x.contiguous(memory_format=torch.channels_last))
+        # Two cells read every output, both through a ReLU: it is taken once.
+        s0 = s1 = output.relu()
         for cell in self.cells:
-            s0, s1 = s1, cell(s0, s1, weights[cast(SearchCell, cell).kind])
-        return self.classifier(F.adaptive_avg_pool2d(s1, 1).flatten(1))
+            output = cell(s0, s1, weights[cast(SearchCell, cell).kind])
+            s0, s1 = s1, output.relu()
+        return self.classifier(F.adaptive_avg_pool2d(output, 1).flatten(1))
 
     def arch_parameters(self) -> list[nn.Parameter]:
         """Raw alpha [E, P] of the normal and the reduction cell, then the relaxation's own."""

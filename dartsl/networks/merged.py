@@ -1,0 +1,187 @@
+"""The operations of all edges that leave one node, computed together.
+
+Shapes: B images, k edges that leave the node, C channels, H x W pixels. A merged tensor has k C
+channels, the C of the first edge before those of the second.
+
+Every edge that leaves a node reads the same x [B, C, H, W] with weights of its own. Convolution in
+groups and BatchNorm act on every channel or group of channels alone, so k copies of a chain of
+them are one chain over k C channels (`MergedChain`). An operation without parameters gives the same
+map on all edges, so it is computed once (`NormalizedPool`, the identity). Parameters and buffers
+are those of the copies, one after the other along their first dimension.
+"""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dartsl.depthwise import DepthwiseConv2d
+from dartsl.operations import (
+    OPERATIONS,
+    DilatedConv,
+    FactorizedReduce,
+    SeparableConv,
+    Zero,
+    shifted,
+)
+
+Pool = nn.MaxPool2d | nn.AvgPool2d
+CHAIN_LAYERS = (nn.ReLU, nn.Conv2d, DepthwiseConv2d, nn.BatchNorm2d)
+
+
+class MergedBatchNorm(nn.Module):
+    """k BatchNorms without affine parameters, over k C channels.
+
+    Note:
+        It does not count its batches: the stem's BatchNorm sees the same ones.
+    """
+
+    eps = 1e-5
+    momentum = 0.1
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
+        self.running_mean: Tensor
+        self.running_var: Tensor
+
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """`weight * normalized(x)` of x [B, k C, H, W] and weight [k C].
+
+        Without affine parameters the place of BatchNorm's weight is free: an edge's architecture
+        weight costs nothing there.
+        """
+        statistics = self.running_mean, self.running_var
+        return F.batch_norm(x, *statistics, weight, None, self.training, self.momentum, self.eps)
+
+    def forward_shared(self, x: Tensor) -> Tensor:
+        """Normalize one x [B, C, H, W] that all k edges share, in training.
+
+        Its batch statistics are the same on every edge. Each edge's running ones follow them.
+        """
+        batch = x.new_zeros(2, x.shape[1], dtype=self.running_mean.dtype).unbind()
+        normalized = F.batch_norm(x, *batch, training=True, momentum=1.0, eps=self.eps)
+        by_edge = [s.view(-1, x.shape[1]) for s in (self.running_mean, self.running_var)]
+        with torch.no_grad():
+            torch._foreach_lerp_(by_edge, [s.expand_as(by_edge[0]) for s in batch], self.momentum)
+        return normalized
+
+
+class MergedChain(nn.Sequential):
+    """k copies of a chain (see `is_chain`) as one chain over k C channels."""
+
+    def __init__(self, copies: Sequence[nn.Sequential]) -> None:
+        super().__init__(*(_merge_layers(layers) for layers in zip(*copies, strict=True)))
+
+    def forward(self, input: Tensor, weights: Tensor) -> Tensor:
+        """k times ReLU(x), [B, k C, H, W], and weights [k C] -> [B, k C, H', W']."""
+        _, *layers, last = self  # the ReLU that the chain begins with is done
+        for layer in layers:
+            input = layer(input)
+        return last(input, weights)
+
+
+class MergedConv(nn.Module):
+    """k copies of a separable or dilated convolution over k C channels."""
+
+    def __init__(self, copies: Sequence[SeparableConv | DilatedConv]) -> None:
+        super().__init__()
+        self.op = MergedChain([single.op for single in copies])
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        """k times ReLU(x), [B, k C, H, W], and weights [k C] -> [B, k C, H', W']."""
+        return self.op(x, weights)
+
+
+class MergedReduce(nn.Module):
+    """k copies of `FactorizedReduce` over k C channels."""
+
+    def __init__(self, copies: Sequence[FactorizedReduce]) -> None:
+        super().__init__()
+        self.num_edges = len(copies)
+        self.conv_1 = _merge_convolutions([single.conv_1 for single in copies])
+        self.conv_2 = _merge_convolutions([single.conv_2 for single in copies])
+        self.bn = MergedBatchNorm(sum(single.bn.num_features for single in copies))
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        """[B, k C, H, W], k times ReLU(x), and weights [k C] -> [B, k C, H', W']."""
+        branches = [self.conv_1(x), self.conv_2(shifted(x))]
+        # Each edge's channels are together: the first edge's two halves come first.
+        halves = zip(*(branch.chunk(self.num_edges, dim=1) for branch in branches), strict=True)
+        return self.bn(torch.cat([half for pair in halves for half in pair], dim=1), weights)
+
+
+class ReadsSource:
+    """Marks a merged operation that reads x itself and not k times ReLU(x)."""
+
+
+class NormalizedPool(ReadsSource, nn.Sequential):
+    """A pool and its BatchNorm, whose running statistics are those of k edges, [k C]."""
+
+    def __init__(self, pool: Pool, num_features: int) -> None:
+        super().__init__(pool, MergedBatchNorm(num_features))
+
+    def shared_map(self, x: Tensor) -> Tensor:
+        """In training, the map [B, C, H', W'] of x [B, C, H, W] that is the same on all edges."""
+        pool, norm = self
+        return norm.forward_shared(pool(x))
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:  # type: ignore[override]
+        """In evaluation, by each edge's running statistics: [B, k C, H', W']; weights [k C]."""
+        pool, norm = self
+        return norm(pool(x).repeat(1, len(weights) // x.shape[1], 1, 1), weights)
+
+
+class PerEdge(ReadsSource, nn.ModuleList):
+    """k copies of an operation for which there is no merged form, one after the other."""
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        """Weighted outputs [B, k C, H', W'] of x [B, C, H, W]; weights [k C]."""
+        return torch.cat([operation(x) for operation in self], dim=1) * weights[:, None, None]
+
+
+def merged_operation(primitive: str, channels: int, stride: int, num_edges: int) -> nn.Module:
+    """The merged form of `num_edges` operations without affine parameters."""
+    copies = [OPERATIONS[primitive](channels, stride, False) for _ in range(num_edges)]
+    first = copies[0]
+    if isinstance(first, Zero | nn.Identity):
+        return first
+    if isinstance(first, Pool):
+        return NormalizedPool(first, num_edges * channels)
+    if isinstance(first, FactorizedReduce):
+        return MergedReduce(copies)
+    if isinstance(first, SeparableConv | DilatedConv):
+        return MergedConv(copies)
+    return MergedChain(copies) if is_chain(first) else PerEdge(copies)
+
+
+def is_chain(operation: nn.Module) -> bool:
+    """Whether it is ReLU, then convolutions, BatchNorms and ReLUs, then a BatchNorm."""
+    return (
+        type(operation) is nn.Sequential
+        and all(type(layer) in CHAIN_LAYERS for layer in operation)
+        and isinstance(operation[0], nn.ReLU)
+        and isinstance(operation[-1], nn.BatchNorm2d)
+    )
+
+
+def _merge_layers(layers: Sequence[nn.Module]) -> nn.Module:
+    first = layers[0]
+    if isinstance(first, nn.Conv2d):
+        return _merge_convolutions(layers)
+    if isinstance(first, nn.BatchNorm2d):
+        return MergedBatchNorm(sum(layer.num_features for layer in layers))
+    return first
+
+
+def _merge_convolutions(copies: Sequence[nn.Conv2d]) -> nn.Conv2d:
+    """One convolution in k times as many groups: each edge's channels see their own alone."""
+    merged = copy.deepcopy(copies[0])
+    merged.in_channels *= len(copies)
+    merged.out_channels *= len(copies)
+    merged.groups *= len(copies)
+    merged.weight = nn.Parameter(torch.cat([single.weight.detach() for single in copies]))
+    return merged
