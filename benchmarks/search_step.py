@@ -33,9 +33,9 @@ from dartsl.hypergradient import (  # noqa: E402
     FirstOrder,
     Hypergradient,
     Unrolled,
+    held_constant,
     sgd_direction,
 )
-from dartsl.modules.search import without_gradients  # noqa: E402
 from dartsl.networks import Supernet  # noqa: E402
 from dartsl.search_space import SearchSpace  # noqa: E402
 from tests import literal_darts  # noqa: E402
@@ -107,7 +107,7 @@ class Ours:
             alpha.grad = gradient
         self.arch_optimizer.step()
         self.optimizer.zero_grad()
-        with without_gradients(self.alphas):
+        with held_constant(self.alphas):
             self.loss(train).backward()
         nn.utils.clip_grad_norm_(self.weights, 5.0)
         self.optimizer.step()
@@ -254,7 +254,9 @@ def print_table(report: dict[str, Any]) -> None:
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")

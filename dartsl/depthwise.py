@@ -57,12 +57,14 @@ class DepthwiseConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
+        """`depthwise_conv2d` of x [B, C, H, W] and weight [C, 1, K, K]."""
         ctx.save_for_backward(x, weight)
         ctx.stride, ctx.dilation = stride, dilation
         return _convolve(x, weight, stride, dilation)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x and weight, as far as they are wanted."""
         (gradient,) = gradients
         x, weight = ctx.saved_tensors
         size = ctx.stride, ctx.dilation

@@ -11,7 +11,7 @@ the tensors of a `BilevelProblem` where they are. The weights are moved in place
 for bit; no model is copied.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, cast, get_args
@@ -70,8 +70,9 @@ class FirstOrder:
 
     def __call__(self, problem: BilevelProblem) -> AlphaGradient:
         """grad_alpha L_val(w, alpha)."""
-        loss = problem.val_loss()
-        return AlphaGradient(_gradients(loss, problem.alphas), loss.detach())
+        with held_constant(problem.weights):
+            loss = problem.val_loss()
+            return AlphaGradient(_gradients(loss, problem.alphas), loss.detach())
 
 
 class Unrolled:
@@ -102,7 +103,8 @@ class Unrolled:
     def __call__(self, problem: BilevelProblem) -> AlphaGradient:
         """grad_alpha L_val(w', alpha) - xi * product (Eq. 7)."""
         weights, alphas = problem.weights, problem.alphas
-        gradients = _gradients(problem.train_loss(), weights)
+        with held_constant(alphas):
+            gradients = _gradients(problem.train_loss(), weights)
         with virtual_weights(problem, problem.virtual_direction(gradients)):
             loss = problem.val_loss()
             both = _gradients(loss, [*alphas, *weights])
@@ -165,11 +167,11 @@ def finite_difference_product(
     try:
         with torch.no_grad():
             torch._foreach_add_(weights, step)
-        with full_precision:
+        with full_precision, held_constant(weights):
             plus = _gradients(loss(), alphas)
         with torch.no_grad():
             torch._foreach_sub_(weights, step, alpha=2.0)
-        with full_precision:
+        with full_precision, held_constant(weights):
             minus = _gradients(loss(), alphas)
     finally:
         _copy_(weights, saved)
@@ -194,8 +196,6 @@ def exact_product(
         loss(), weights, create_graph=True, allow_unused=True, materialize_grads=True
     )
     dot = torch.stack([(g * v).sum() for g, v in zip(gradients, vector, strict=True)]).sum()
-    if not dot.requires_grad:  # the loss is linear in the weights, or does not see alpha
-        return [torch.zeros_like(alpha) for alpha in alphas]
     return _gradients(dot, alphas)
 
 
@@ -235,8 +235,23 @@ def check_virtual_step(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
+@contextmanager
+def held_constant(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Within: leaf tensors take no gradients, so that no pass computes what nobody asked for."""
+    held = [tensor for tensor in tensors if tensor.requires_grad]
+    for tensor in held:
+        tensor.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for tensor in held:
+            tensor.requires_grad_(True)
+
+
 def _gradients(loss: Tensor, inputs: Sequence[Tensor]) -> Tensors:
     """Gradients of the inputs alone; zeros where the loss does not depend on one."""
+    if not loss.requires_grad:
+        return [torch.zeros_like(tensor) for tensor in inputs]
     gradients = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
     return cast(Tensors, list(gradients))
 

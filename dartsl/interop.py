@@ -83,10 +83,6 @@ def official_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[st
             official |= _edge_tensors(model, merged, tensor)
         elif not name.startswith(_SEARCHED):
             official[name.replace(".operations.", "._ops.")] = tensor
-    # A merged BatchNorm does not count: it has seen the batches that the stem's has seen.
-    for name in [name for name in official if name.endswith("running_var")]:
-        counter = name.removesuffix("running_var") + _COUNTER
-        official.setdefault(counter, tensors[f"stem.1.{_COUNTER}"])
     return official
 
 
@@ -100,7 +96,9 @@ def _edge_tensors(model: nn.Module, name: re.Match[str], tensor: Tensor) -> dict
         number, rest = rest.split(".", 1)
         parts = {edges[int(number)]: tensor}
     else:
-        parts = dict(zip(edges, tensor.chunk(len(edges)), strict=True))
+        # Of a counter, one number for each edge.
+        by_edge = tensor.unbind() if rest.endswith(_COUNTER) else tensor.chunk(len(edges))
+        parts = dict(zip(edges, by_edge, strict=True))
     prefix, primitive = f"{name['cell']}._ops", name["primitive"]
     return {f"{prefix}.{edge}._ops.{primitive}.{rest}": part for edge, part in parts.items()}
 

@@ -72,8 +72,8 @@ def test_parameter_counts(primitive, stride) -> None:
 @pytest.mark.parametrize(
     ("primitive", "kinds"),
     [
-        ("sep_conv_3x3", ["ReLU", "Conv2d", "Conv2d", "BatchNorm2d"] * 2),
-        ("dil_conv_3x3", ["ReLU", "Conv2d", "Conv2d", "BatchNorm2d"]),
+        ("sep_conv_3x3", ["ReLU", "DepthwiseConv2d", "Conv2d", "BatchNorm2d"] * 2),
+        ("dil_conv_3x3", ["ReLU", "DepthwiseConv2d", "Conv2d", "BatchNorm2d"]),
         ("conv_7x1_1x7", ["ReLU", "Conv2d", "Conv2d", "BatchNorm2d"]),
     ],
 )

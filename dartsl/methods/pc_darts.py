@@ -25,7 +25,7 @@ class PartialMixedOperation(MixedOperation):
         stride: 1 or 2; what passes by is then max-pooled.
         primitives: of the search space.
         num_edges: k, the edges that leave the node.
-        proportion: K of the paper, 4 on CIFAR-10.
+        proportion: K of the paper, at least 2; 4 on CIFAR-10.
 
     Raises:
         UserError: where the channels cannot be parted.
@@ -39,6 +39,8 @@ class PartialMixedOperation(MixedOperation):
         num_edges: int,
         proportion: int = 4,
     ) -> None:
+        if proportion < 2:
+            raise UserError(f"proportion is {proportion}; to part the channels it is at least 2.")
         if channels % proportion:
             raise UserError(
                 f"PC-DARTS parts the channels in {proportion}: {channels} is not a multiple of it."

@@ -17,6 +17,7 @@ from dartsl.hypergradient import (
     Hypergradient,
     Unrolled,
     check_virtual_step,
+    held_constant,
     sgd_direction,
 )
 from dartsl.modules.resumable import Batch, EpochMetrics, ResumableModule, Schedule
@@ -103,7 +104,7 @@ class SearchModule(ResumableModule):
         x, y = train
         optimizer = cast(list[LightningOptimizer], self.optimizers())[0]
         optimizer.zero_grad()
-        with without_gradients(self.supernet.arch_parameters()):
+        with held_constant(self.supernet.arch_parameters()):
             loss, logits = self.loss(x, y)
             self.manual_backward(loss)
         optimizer.step()  # which calls on_before_optimizer_step
@@ -183,21 +184,6 @@ class SearchModule(ResumableModule):
     def log_group(self, prefix: str, values: dict[str, Tensor]) -> None:
         """Log values as `<prefix>_<name>`."""
         self.log_dict({f"{prefix}_{name}": value for name, value in values.items()}, prog_bar=True)
-
-
-class without_gradients:  # noqa: N801  (a context manager, named as torch names its own)
-    """Within: the parameters take no gradients, so that a backward does not compute them."""
-
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        self.parameters = list(parameters)
-
-    def __enter__(self) -> None:
-        for parameter in self.parameters:
-            parameter.requires_grad_(False)
-
-    def __exit__(self, *_: object) -> None:
-        for parameter in self.parameters:
-            parameter.requires_grad_(True)
 
 
 def entropy(strengths: Tensor) -> Tensor:

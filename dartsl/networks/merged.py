@@ -12,6 +12,7 @@ are those of the copies, one after the other along their first dimension.
 
 import copy
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,19 +35,22 @@ CHAIN_LAYERS = (nn.ReLU, nn.Conv2d, DepthwiseConv2d, nn.BatchNorm2d)
 class MergedBatchNorm(nn.Module):
     """k BatchNorms without affine parameters, over k C channels.
 
-    Note:
-        It does not count its batches: the stem's BatchNorm sees the same ones.
+    Attributes:
+        num_batches_tracked: int64 [k]; `Supernet` counts for all of them at once, since hundreds of
+            tiny additions would take longer.
     """
 
     eps = 1e-5
     momentum = 0.1
 
-    def __init__(self, num_features: int) -> None:
+    def __init__(self, num_features: int, num_edges: int) -> None:
         super().__init__()
+        self.register_buffer("num_batches_tracked", torch.zeros(num_edges, dtype=torch.long))
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
         self.running_mean: Tensor
         self.running_var: Tensor
+        self.num_batches_tracked: Tensor
 
     def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """`weight * normalized(x)` of x [B, k C, H, W] and weight [k C].
@@ -54,19 +58,28 @@ class MergedBatchNorm(nn.Module):
         Without affine parameters the place of BatchNorm's weight is free: an edge's architecture
         weight costs nothing there.
         """
-        statistics = self.running_mean, self.running_var
-        return F.batch_norm(x, *statistics, weight, None, self.training, self.momentum, self.eps)
+        return F.batch_norm(
+            x,
+            self.running_mean,
+            self.running_var,
+            weight,
+            None,
+            self.training,
+            self.momentum,
+            self.eps,
+        )
 
     def forward_shared(self, x: Tensor) -> Tensor:
         """Normalize one x [B, C, H, W] that all k edges share, in training.
 
         Its batch statistics are the same on every edge. Each edge's running ones follow them.
         """
-        batch = x.new_zeros(2, x.shape[1], dtype=self.running_mean.dtype).unbind()
-        normalized = F.batch_norm(x, *batch, training=True, momentum=1.0, eps=self.eps)
+        mean, var = x.new_zeros(2, x.shape[1], dtype=self.running_mean.dtype).unbind()
+        normalized = F.batch_norm(x, mean, var, training=True, momentum=1.0, eps=self.eps)
         by_edge = [s.view(-1, x.shape[1]) for s in (self.running_mean, self.running_var)]
         with torch.no_grad():
-            torch._foreach_lerp_(by_edge, [s.expand_as(by_edge[0]) for s in batch], self.momentum)
+            ends = [s.expand_as(by_edge[0]) for s in (mean, var)]
+            torch._foreach_lerp_(by_edge, ends, self.momentum)
         return normalized
 
 
@@ -76,8 +89,8 @@ class MergedChain(nn.Sequential):
     def __init__(self, copies: Sequence[nn.Sequential]) -> None:
         super().__init__(*(_merge_layers(layers) for layers in zip(*copies, strict=True)))
 
-    def forward(self, input: Tensor, weights: Tensor) -> Tensor:
-        """k times ReLU(x), [B, k C, H, W], and weights [k C] -> [B, k C, H', W']."""
+    def forward(self, input: Tensor, weights: Tensor) -> Tensor:  # type: ignore[override]
+        """From k times ReLU(x), [B, k C, H, W], and weights [k C] -> [B, k C, H', W']."""
         _, *layers, last = self  # the ReLU that the chain begins with is done
         for layer in layers:
             input = layer(input)
@@ -92,7 +105,7 @@ class MergedConv(nn.Module):
         self.op = MergedChain([single.op for single in copies])
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
-        """k times ReLU(x), [B, k C, H, W], and weights [k C] -> [B, k C, H', W']."""
+        """From k times ReLU(x), [B, k C, H, W], and weights [k C] -> [B, k C, H', W']."""
         return self.op(x, weights)
 
 
@@ -104,7 +117,7 @@ class MergedReduce(nn.Module):
         self.num_edges = len(copies)
         self.conv_1 = _merge_convolutions([single.conv_1 for single in copies])
         self.conv_2 = _merge_convolutions([single.conv_2 for single in copies])
-        self.bn = MergedBatchNorm(sum(single.bn.num_features for single in copies))
+        self.bn = _merge_batch_norms([single.bn for single in copies])
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
         """[B, k C, H, W], k times ReLU(x), and weights [k C] -> [B, k C, H', W']."""
@@ -121,12 +134,12 @@ class ReadsSource:
 class NormalizedPool(ReadsSource, nn.Sequential):
     """A pool and its BatchNorm, whose running statistics are those of k edges, [k C]."""
 
-    def __init__(self, pool: Pool, num_features: int) -> None:
-        super().__init__(pool, MergedBatchNorm(num_features))
+    def __init__(self, pool: Pool, channels: int, num_edges: int) -> None:
+        super().__init__(pool, MergedBatchNorm(channels * num_edges, num_edges))
 
     def shared_map(self, x: Tensor) -> Tensor:
         """In training, the map [B, C, H', W'] of x [B, C, H, W] that is the same on all edges."""
-        pool, norm = self
+        pool, norm = cast(tuple[Pool, MergedBatchNorm], tuple(self))
         return norm.forward_shared(pool(x))
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:  # type: ignore[override]
@@ -145,12 +158,12 @@ class PerEdge(ReadsSource, nn.ModuleList):
 
 def merged_operation(primitive: str, channels: int, stride: int, num_edges: int) -> nn.Module:
     """The merged form of `num_edges` operations without affine parameters."""
-    copies = [OPERATIONS[primitive](channels, stride, False) for _ in range(num_edges)]
+    copies: list[Any] = [OPERATIONS[primitive](channels, stride, False) for _ in range(num_edges)]
     first = copies[0]
     if isinstance(first, Zero | nn.Identity):
         return first
     if isinstance(first, Pool):
-        return NormalizedPool(first, num_edges * channels)
+        return NormalizedPool(first, channels, num_edges)
     if isinstance(first, FactorizedReduce):
         return MergedReduce(copies)
     if isinstance(first, SeparableConv | DilatedConv):
@@ -171,10 +184,14 @@ def is_chain(operation: nn.Module) -> bool:
 def _merge_layers(layers: Sequence[nn.Module]) -> nn.Module:
     first = layers[0]
     if isinstance(first, nn.Conv2d):
-        return _merge_convolutions(layers)
+        return _merge_convolutions(cast(Sequence[nn.Conv2d], layers))
     if isinstance(first, nn.BatchNorm2d):
-        return MergedBatchNorm(sum(layer.num_features for layer in layers))
+        return _merge_batch_norms(cast(Sequence[nn.BatchNorm2d], layers))
     return first
+
+
+def _merge_batch_norms(copies: Sequence[nn.BatchNorm2d]) -> MergedBatchNorm:
+    return MergedBatchNorm(sum(single.num_features for single in copies), len(copies))
 
 
 def _merge_convolutions(copies: Sequence[nn.Conv2d]) -> nn.Conv2d:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dartsl.genotype import Genotype
 from dartsl.networks.layout import check_sizes, preprocess_previous_previous, reduction_cells
-from dartsl.networks.merged import NormalizedPool, ReadsSource, merged_operation
+from dartsl.networks.merged import MergedBatchNorm, NormalizedPool, ReadsSource, merged_operation
 from dartsl.networks.relaxation import Softmax
 from dartsl.operations import ReLUConvBN, Zero
 from dartsl.search_space import CELL_KINDS, SearchSpace, discretize
@@ -78,11 +78,11 @@ class MixedOperation(nn.Module):
     def _merged_sum(
         self, x: Tensor, operations: Sequence[nn.Module], columns: Sequence[Tensor]
     ) -> Tensor:
-        """Sum of the merged operations on x [B, C, H, W], weighted by columns [k]: [B, k C, ...]."""
-        rectified = torch.cat([x] * self.num_edges, dim=1).relu()
+        """Sum [B, k C, H', W'] of the operations on x [B, C, H, W], weighted by columns [k]."""
+        rectified = F.relu(torch.cat([x] * self.num_edges, dim=1))
         # Each edge's weight once for every channel. Not an expanded view: the gradients of a
         # BatchNorm are NaN where its weight has stride 0.
-        rows = torch.stack(columns).repeat_interleave(x.shape[1], dim=1).unbind()
+        rows = torch.stack(list(columns)).repeat_interleave(x.shape[1], dim=1).unbind()
         return _sum(
             operation(x if isinstance(operation, ReadsSource) else rectified, row)
             for operation, row in zip(operations, rows, strict=True)
@@ -100,7 +100,7 @@ def weigh_maps(maps: Sequence[Tensor], columns: Sequence[Tensor]) -> tuple[Tenso
         k sums [B, C, H, W], in channels_last.
     """
     stacked = torch.stack([single.movedim(1, -1) for single in maps])
-    sums = torch.stack(columns, dim=1) @ stacked.flatten(1)
+    sums = torch.stack(list(columns), dim=1) @ stacked.flatten(1)
     return sums.view(-1, *stacked.shape[1:]).movedim(-1, 2).unbind()
 
 
@@ -236,17 +236,20 @@ class Supernet(nn.Module):
             channels_prev_prev = channels_prev
             channels_prev = space.num_intermediate_nodes * channels
         self.classifier = nn.Linear(channels_prev, num_classes)
+        self.merged_norms = [m for m in self.cells.modules() if isinstance(m, MergedBatchNorm)]
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, num_classes] of images [B, in_channels, H, W]."""
+        if self.training and self.merged_norms:
+            torch._foreach_add_([norm.num_batches_tracked for norm in self.merged_norms], 1)
         weights = {kind: self.relaxations[kind](alpha) for kind, alpha in self.alphas.items()}
         output = self.stem(x.contiguous(memory_format=torch.channels_last))
         # Two cells read every output, both through a ReLU: it is taken once.
-        s0 = s1 = output.relu()
+        s0 = s1 = F.relu(output)
         for cell in self.cells:
             output = cell(s0, s1, weights[cast(SearchCell, cell).kind])
-            s0, s1 = s1, output.relu()
+            s0, s1 = s1, F.relu(output)
         return self.classifier(F.adaptive_avg_pool2d(output, 1).flatten(1))
 
     def arch_parameters(self) -> list[nn.Parameter]:

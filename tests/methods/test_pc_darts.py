@@ -29,7 +29,6 @@ SHORT = ("none", "max_pool_3x3", "skip_connect", "sep_conv_3x3")
 CASES = {  # channels, K, nodes, primitives
     "two nodes": (8, 4, 2, SHORT),
     "half of the channels": (4, 2, 2, SHORT),
-    "all channels": (2, 1, 2, SHORT),
     "the paper's space": (8, 4, 4, DARTS_PRIMITIVES),
 }
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=3e-4)
@@ -141,14 +140,7 @@ def furthest(ours, theirs) -> float:
     return max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
 
 
-NOT_YET = pytest.mark.xfail(
-    strict=True, raises=RuntimeError, reason="with proportion=1 no channel is left to pool"
-)
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[NOT_YET] if n == "all channels" else []) for n in CASES]
-)
+@pytest.mark.parametrize("name", CASES)
 def test_outputs_and_gradients_are_those_of_the_equations(name) -> None:
     network, supernet = pair_of(name)
     x, y = images()
@@ -323,3 +315,9 @@ def test_the_warm_up_of_the_paper_has_15_epochs() -> None:
         AlphaWarmup().enter(module, epoch)
         states.append(module.updates_alpha)
     assert states == [False] * 15 + [True] * 35
+
+
+@pytest.mark.parametrize("k", [0, 1])
+def test_there_are_parts(k) -> None:
+    with pytest.raises(UserError, match=f"proportion is {k}"):
+        pc_supernet(k=k)

@@ -6,12 +6,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dartsl import depthwise
 from dartsl.errors import UserError
+from dartsl.hypergradient import (
+    BilevelProblem,
+    FirstOrder,
+    Unrolled,
+    finite_difference_product,
+)
+from dartsl.interop import official_state_dict
 from dartsl.networks import MixedOperation, SearchCell, Softmax, Supernet
 from dartsl.networks.layout import reduction_cells
 from dartsl.operations import OPERATIONS, FactorizedReduce, ReLUConvBN
 from dartsl.search_space import DARTS_PRIMITIVES, SearchSpace, discretize
 
+FRESH_BN = 1 / math.sqrt(1 + 1e-5)  # what a BatchNorm in evaluation, never trained, multiplies by
 SMALL_SPACE = SearchSpace(("none", "skip_connect", "avg_pool_3x3", "sep_conv_3x3"), 2)
 
 
@@ -185,10 +194,15 @@ def test_reduction_cells_halve_the_size_and_double_the_channels() -> None:
 def test_stride_2_stands_on_the_edges_from_a_reduction_cells_inputs_only() -> None:
     supernet = small(space=SearchSpace(("max_pool_3x3",), 4))
     for index, cell in enumerate(supernet.cells):
-        strides = [edge.operations[0][0].stride for edge in cell.edges]
-        reduces = index in {1, 2}
-        expected = [2 if reduces and source < 2 else 1 for _, source in supernet.space.edges]
-        assert strides == expected
+        strides = [source.operations[0][0].stride for source in cell.sources]
+        assert strides == ([2, 2, 1, 1, 1] if index in {1, 2} else [1] * 5)
+
+
+def test_the_edges_that_leave_one_node_are_computed_together() -> None:
+    """Rows of alpha are ordered by target: (2, 0), (2, 1), (3, 0), (3, 1), (3, 2)."""
+    cell = small().cells[0]
+    assert cell.rows == [[0, 2], [1, 3], [4]]
+    assert [source.num_edges for source in cell.sources] == [2, 2, 1]
 
 
 def test_the_first_input_is_reduced_after_a_reduction_cell() -> None:
@@ -236,32 +250,58 @@ def test_only_the_stems_batchnorm_is_affine() -> None:
 # The mixed operation (Eq. 2)
 
 
+@pytest.mark.parametrize("num_edges", [1, 3])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_a_mixed_operation_is_the_weighted_sum_of_all_primitives(stride) -> None:
+def test_a_mixed_operation_is_the_weighted_sum_of_all_primitives_on_each_edge(
+    stride, num_edges
+) -> None:
     torch.manual_seed(0)
-    mixed = MixedOperation(4, stride, DARTS_PRIMITIVES).double().eval()
+    mixed = MixedOperation(4, stride, DARTS_PRIMITIVES, num_edges).double()
     x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
-    weights = torch.rand(8, dtype=torch.float64)
-    expected = sum(w * op(x) for w, op in zip(weights, mixed.operations, strict=True))
-    assert torch.allclose(mixed(x, weights), expected)
+    weights = torch.rand(num_edges, 8, dtype=torch.float64)
+    outputs = mixed(x, weights)
+    one_by_one = [
+        mixed(x, torch.zeros_like(weights).index_fill(1, torch.tensor(primitive), 1.0))
+        for primitive in range(8)
+    ]
+    for edge, output in enumerate(outputs):
+        expected = sum(weights[edge, p] * one_by_one[p][edge] for p in range(8))
+        assert torch.allclose(output, expected)
 
 
 def test_what_none_weighs_is_lost() -> None:
-    mixed = MixedOperation(2, 1, ("none", "skip_connect"))
+    mixed = MixedOperation(2, 1, ("none", "skip_connect"), 2)
     x = torch.randn(1, 2, 3, 3)
-    assert torch.allclose(mixed(x, torch.tensor([0.7, 0.3])), 0.3 * x)
+    first, second = mixed(x, torch.tensor([[0.7, 0.3], [0.9, 0.1]]))
+    assert torch.allclose(first, 0.3 * x)
+    assert torch.allclose(second, 0.1 * x)
 
 
 @pytest.mark.parametrize("pool", ["max_pool_3x3", "avg_pool_3x3"])
 def test_pooling_is_normalised_without_affine_parameters(pool) -> None:
-    mixed = MixedOperation(3, 1, (pool,)).double()
+    mixed = MixedOperation(3, 1, (pool,), 1).double()
     x = 5 + 3 * torch.randn(4, 3, 6, 6, dtype=torch.float64)
     pooled = OPERATIONS[pool](3, 1, False)(x)
     mean = pooled.mean((0, 2, 3), keepdim=True)
     variance = pooled.var((0, 2, 3), unbiased=False, keepdim=True)
     expected = (pooled - mean) / torch.sqrt(variance + 1e-5)
-    assert torch.allclose(mixed(x, torch.ones(1).double()), expected)
+    assert torch.allclose(mixed(x, torch.ones(1, 1).double())[0], expected)
     assert count(mixed.parameters()) == 0
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_an_operation_without_a_merged_form_runs_once_an_edge(stride, monkeypatch) -> None:
+    def factory(channels: int, stride: int, affine: bool) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(channels, channels, 3, stride, 1), nn.Tanh())
+
+    monkeypatch.setitem(OPERATIONS, "user", factory)
+    mixed = MixedOperation(2, stride, ("user", "max_pool_3x3"), 3).eval()
+    x = torch.randn(1, 2, 5, 5)
+    weights = torch.rand(3, 2)
+    own, pool = mixed.operations
+    for edge, output in enumerate(mixed(x, weights)):
+        expected = weights[edge, 0] * own[edge](x) + weights[edge, 1] * FRESH_BN * pool[0](x)
+        assert torch.allclose(output, expected)
 
 
 def test_a_node_is_the_sum_of_its_edges() -> None:
@@ -278,8 +318,9 @@ def test_a_node_is_the_sum_of_its_edges() -> None:
 def test_a_forward_pass_updates_every_running_statistic_once() -> None:
     supernet = small(space=SearchSpace())
     supernet(torch.randn(2, 3, 8, 8))
-    counters = {k: v for k, v in supernet.state_dict().items() if "num_batches_tracked" in k}
-    assert counters
+    state = official_state_dict(supernet)
+    counters = {key: value for key, value in state.items() if "num_batches_tracked" in key}
+    assert len(counters) == sum("running_var" in key for key in state)
     assert all(value == 1 for value in counters.values())
 
 
@@ -373,12 +414,40 @@ def test_a_mixed_operation_of_another_kind_fills_every_edge() -> None:
     seen = []
 
     class Recorded(MixedOperation):
-        def __init__(self, channels, stride, primitives) -> None:
-            super().__init__(channels, stride, primitives)
-            seen.append((channels, stride, primitives))
+        def __init__(self, channels, stride, primitives, num_edges) -> None:
+            super().__init__(channels, stride, primitives, num_edges)
+            seen.append((channels, stride, primitives, num_edges))
 
     supernet = small(mixed_operation=Recorded)
-    edges = [edge for cell in supernet.cells for edge in cell.edges]
-    assert all(isinstance(edge, Recorded) for edge in edges)
-    assert seen[:5] == [(4, 1, SMALL_SPACE.primitives)] * 5
-    assert seen[5:10] == [(8, s, SMALL_SPACE.primitives) for s in (2, 2, 2, 2, 1)]
+    sources = [source for cell in supernet.cells for source in cell.sources]
+    assert all(isinstance(source, Recorded) for source in sources)
+    primitives = SMALL_SPACE.primitives
+    assert seen[:3] == [(4, 1, primitives, 2), (4, 1, primitives, 2), (4, 1, primitives, 1)]
+    assert seen[3:6] == [(8, 2, primitives, 2), (8, 2, primitives, 2), (8, 1, primitives, 1)]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_images_of_any_layout(memory_format) -> None:
+    supernet = small().eval()
+    x = torch.randn(2, 3, 8, 8)
+    again = x.contiguous(memory_format=memory_format)
+    assert torch.allclose(supernet(again), supernet(x.flip(3).flip(3)), atol=1e-6)
+
+
+def test_an_alpha_step_takes_no_gradients_of_the_weights(monkeypatch) -> None:
+    called = []
+    monkeypatch.setattr(depthwise, "weight_gradient", lambda *arguments: called.append(arguments))
+    supernet, x = small(), torch.randn(2, 3, 8, 8)
+    problem = BilevelProblem(
+        train_loss=lambda: supernet(x).square().sum(),
+        val_loss=lambda: supernet(x).square().sum(),
+        weights=supernet.weight_parameters(),
+        alphas=supernet.arch_parameters(),
+    )
+    FirstOrder()(problem)
+    assert not called
+    vector = [torch.ones_like(weight) for weight in problem.weights]
+    finite_difference_product(problem.train_loss, problem.weights, problem.alphas, vector)
+    assert not called
+    Unrolled()(problem)  # the virtual step and v take them
+    assert called
