@@ -14,7 +14,7 @@ for bit; no model is copied.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol, cast, get_args
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from dartsl.errors import UserError, unknown
 
 Loss = Callable[[], Tensor]
 Tensors = list[Tensor]
+Average = Callable[[Sequence[Tensor]], Tensors]
 Product = Literal["finite_difference", "exact"]
 
 
@@ -40,6 +41,7 @@ class BilevelProblem:
             of the weights would go (momentum, weight decay); the gradients alone if left out.
         buffers: tensors that a loss changes as it is computed (running statistics); what happens
             to them at the virtual weights is undone.
+        average: from this process' gradients to those of all processes.
     """
 
     train_loss: Loss
@@ -49,6 +51,7 @@ class BilevelProblem:
     xi: float = 0.0
     virtual_direction: Callable[[Tensors], Tensors] = field(default=lambda gradients: gradients)
     buffers: Sequence[Tensor] = ()
+    average: Average = list
 
 
 class AlphaGradient(NamedTuple):
@@ -72,7 +75,8 @@ class FirstOrder:
         """grad_alpha L_val(w, alpha)."""
         with held_constant(problem.weights):
             loss = problem.val_loss()
-            return AlphaGradient(_gradients(loss, problem.alphas), loss.detach())
+            gradients = _gradients(loss, problem.alphas, problem.average)
+            return AlphaGradient(gradients, loss.detach())
 
 
 class Unrolled:
@@ -104,16 +108,16 @@ class Unrolled:
         """grad_alpha L_val(w', alpha) - xi * product (Eq. 7)."""
         weights, alphas = problem.weights, problem.alphas
         with held_constant(alphas):
-            gradients = _gradients(problem.train_loss(), weights)
+            gradients = _gradients(problem.train_loss(), weights, problem.average)
         with virtual_weights(problem, problem.virtual_direction(gradients)):
             loss = problem.val_loss()
-            both = _gradients(loss, [*alphas, *weights])
+            both = _gradients(loss, [*alphas, *weights], problem.average)
         direct, vector = both[: len(alphas)], both[len(alphas) :]
         if self.product == "exact":
-            product = exact_product(problem.train_loss, weights, alphas, vector)
+            product = exact_product(problem.train_loss, weights, alphas, vector, problem.average)
         else:
             product = finite_difference_product(
-                problem.train_loss, weights, alphas, vector, self.epsilon_scale
+                problem.train_loss, weights, alphas, vector, self.epsilon_scale, problem.average
             )
         return AlphaGradient(
             list(torch._foreach_add(direct, product, alpha=-problem.xi)), loss.detach()
@@ -141,6 +145,7 @@ def finite_difference_product(
     alphas: Sequence[Tensor],
     vector: Sequence[Tensor],
     epsilon_scale: float = 0.01,
+    average: Average = list,
 ) -> Tensors:
     """d2 L / (d alpha d w) . v as a central difference of alpha gradients (Eq. 8).
 
@@ -151,6 +156,7 @@ def finite_difference_product(
         alphas: what is differentiated by.
         vector: v, in the shapes of `weights`.
         epsilon_scale: epsilon = epsilon_scale / ||v||, the norm over all weights.
+        average: of `BilevelProblem`; v is the mean over all processes already.
 
     Returns:
         (g+ - g-) / (2 epsilon), in the shapes of `alphas`; zeros where v is zero. Both passes run
@@ -168,18 +174,22 @@ def finite_difference_product(
         with torch.no_grad():
             torch._foreach_add_(weights, step)
         with full_precision, held_constant(weights):
-            plus = _gradients(loss(), alphas)
+            plus = _gradients(loss(), alphas, average)
         with torch.no_grad():
             torch._foreach_sub_(weights, step, alpha=2.0)
         with full_precision, held_constant(weights):
-            minus = _gradients(loss(), alphas)
+            minus = _gradients(loss(), alphas, average)
     finally:
         _copy_(weights, saved)
     return list(torch._foreach_div(torch._foreach_sub(plus, minus), 2.0 * epsilon))
 
 
 def exact_product(
-    loss: Loss, weights: Sequence[Tensor], alphas: Sequence[Tensor], vector: Sequence[Tensor]
+    loss: Loss,
+    weights: Sequence[Tensor],
+    alphas: Sequence[Tensor],
+    vector: Sequence[Tensor],
+    average: Average = list,
 ) -> Tensors:
     """d2 L / (d alpha d w) . v by differentiating twice (the product in Eq. 7).
 
@@ -188,6 +198,7 @@ def exact_product(
         weights: w.
         alphas: what is differentiated by.
         vector: v, in the shapes of `weights`.
+        average: of `BilevelProblem`; the product is linear in L, so it alone is averaged.
 
     Returns:
         The product, in the shapes of `alphas`.
@@ -196,7 +207,7 @@ def exact_product(
         loss(), weights, create_graph=True, allow_unused=True, materialize_grads=True
     )
     dot = torch.stack([(g * v).sum() for g, v in zip(gradients, vector, strict=True)]).sum()
-    return _gradients(dot, alphas)
+    return _gradients(dot, alphas, average)
 
 
 def sgd_direction(optimizer: torch.optim.Optimizer, gradients: Tensors) -> Tensors:
@@ -248,12 +259,12 @@ def held_constant(tensors: Iterable[Tensor]) -> Iterator[None]:
             tensor.requires_grad_(True)
 
 
-def _gradients(loss: Tensor, inputs: Sequence[Tensor]) -> Tensors:
+def _gradients(loss: Tensor, inputs: Sequence[Tensor], average: Average) -> Tensors:
     """Gradients of the inputs alone; zeros where the loss does not depend on one."""
     if not loss.requires_grad:
-        return [torch.zeros_like(tensor) for tensor in inputs]
+        return average([torch.zeros_like(tensor) for tensor in inputs])
     gradients = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
-    return cast(Tensors, list(gradients))
+    return average(gradients)
 
 
 @torch.no_grad()

@@ -3,8 +3,10 @@
 A task takes the composed config and returns the number that a sweeper maximises.
 """
 
+import io
 import logging
 import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from dartsl.config import (
     relative,
     resolved,
 )
+from dartsl.distributed import is_first_process
 from dartsl.errors import UserError, unknown
 from dartsl.genotype import Genotype
 from dartsl.interop import load_official_network
@@ -127,7 +130,7 @@ def prepare(cfg: DictConfig) -> None:
     if not 0 <= cfg.seed < 2**32:
         raise UserError(f"seed={cfg.seed} must be a whole number from 0 to 2^32 - 1.")
     output_dir = Path(cfg.output_dir)
-    if (output_dir / "checkpoints").exists() and cfg.ckpt_path is None:
+    if is_first_process() and (output_dir / "checkpoints").exists() and cfg.ckpt_path is None:
         raise UserError(
             f"{output_dir} holds a run already: go on with it by ckpt_path=last, or choose another "
             "folder by hydra.run.dir=FOLDER."
@@ -137,6 +140,8 @@ def prepare(cfg: DictConfig) -> None:
 
 def announce(cfg: DictConfig) -> None:
     """Show and keep the config of a run that is about to start."""
+    if not is_first_process():
+        return
     plain = resolved(cfg)
     output_dir = Path(cfg.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -154,12 +159,23 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
     callbacks = [instantiate(node) for node in (cfg.get("callbacks") or {}).values()]
     loggers = [instantiate(node) for node in (cfg.get("logger") or {}).values()]
     try:
-        return build(cfg.trainer)(callbacks=callbacks, logger=loggers)
+        trainer = build(cfg.trainer)(callbacks=callbacks, logger=loggers)
     except MisconfigurationException as error:
         raise UserError(
             f"This machine cannot run with these settings: {error} "
             "hardware=auto takes what there is."
         ) from error
+    in_turn = (
+        HydraConfig.get().mode == RunMode.MULTIRUN
+        or HydraConfig.get().runtime.choices["task"] == "quick_start"
+    )
+    if trainer.world_size > 1 and in_turn:
+        # Lightning starts the other processes by this command's own line, all of it.
+        raise UserError(
+            "Several processes run one experiment at a time: give the jobs of a sweep, or the two "
+            "parts of the quick start, as commands of their own; or take hardware=auto."
+        )
+    return trainer
 
 
 def fit(cfg: DictConfig, module: pl.LightningModule) -> pl.Trainer:
@@ -263,7 +279,8 @@ def run(cfg: DictConfig) -> float | None:
     if cfg.task not in TASKS:
         raise unknown("task", cfg.task, TASKS)
     try:
-        return TASKS[cfg.task](cfg)
+        with nullcontext() if is_first_process() else redirect_stdout(io.StringIO()):
+            return TASKS[cfg.task](cfg)
     finally:
         if "wandb" in sys.modules:  # or the next job of a sweep would log into this one's run
             sys.modules["wandb"].finish()

@@ -17,14 +17,17 @@ from dartsl.data.augment import (
 )
 from dartsl.data.images import ImageSet, TensorImages
 from dartsl.data.loaders import (
+    ALONE,
     BatchLoader,
     DeviceSource,
     EndlessStream,
     EvaluationLoader,
     PairedLoader,
     PassStream,
+    Shard,
     Source,
     WorkerSource,
+    batch_sizes,
 )
 from dartsl.data.split import official_halves, stratified_halves
 from dartsl.errors import UserError, unknown
@@ -50,7 +53,7 @@ class ImageDataModule(LightningDataModule):
         image_size: side of the network's input, in pixels.
         mean, std: of the training images, per channel, in units of [0, 1].
         seed: decides the split, every order and every augmentation; nothing else does.
-        batch_size: of training and evaluation.
+        batch_size: of training and evaluation, in each process.
         task: "search" or "train".
         train_fraction: part of the training set whose gradients move the weights.
         split: "stratified" (seeded, the same fraction of every class) or "official" (the first
@@ -187,7 +190,10 @@ class ImageDataModule(LightningDataModule):
 
     def _make_train_loader(self) -> BatchLoader | PairedLoader:
         source = self._source("train")
-        options = (self.batch_size, self._training_transform(), self.seed)
+        shard = self._shard()
+        batch_size = self.batch_size * shard.world_size
+        options = (batch_size, self._training_transform(), self.seed, shard)
+        self._check_shares(batch_size, shard.world_size)
         weights = PassStream("weights", self.train_indices, *options)
         epoch_length = self._limit(len(weights))
         if self.task == "train":
@@ -201,8 +207,18 @@ class ImageDataModule(LightningDataModule):
         return min(limit, length) if isinstance(limit, int) else int(limit * length)
 
     def _evaluation_loader(self, part: str, indices: np.ndarray) -> EvaluationLoader:
+        shard = self._shard()
+        indices = indices[shard.rank :: shard.world_size]
         return EvaluationLoader(
             self._source(part), indices, self.batch_size, self._evaluation_transform()
+        )
+
+    def _shard(self) -> Shard:
+        """Which of the trainer's processes this one is."""
+        return (
+            ALONE
+            if self.trainer is None
+            else Shard(self.trainer.global_rank, self.trainer.world_size)
         )
 
     def _source(self, part: str) -> Source:
@@ -309,6 +325,17 @@ class ImageDataModule(LightningDataModule):
                     f"The images are {tuple(images.images.shape[1:])} (channels, height, width), "
                     f"not {expected}; set in_channels and image_size to fit."
                 )
+
+    def _check_shares(self, batch_size: int, world_size: int) -> None:
+        halves = [self.train_indices] + ([self.val_indices] if self.task == "search" else [])
+        smallest = min(
+            size for half in halves for size in batch_sizes(len(half), batch_size, world_size)
+        )
+        if smallest < world_size:
+            raise UserError(
+                f"A batch has only {smallest} images for {world_size} processes: use fewer "
+                "(trainer.devices) or more images."
+            )
 
     def _check_halves(self, labels: np.ndarray) -> None:
         for name, indices in (("weight", self.train_indices), ("validation", self.val_indices)):

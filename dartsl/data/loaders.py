@@ -39,6 +39,20 @@ class Plan(NamedTuple):
     indices: np.ndarray
     draws: np.ndarray
 
+    def share(self, shard: "Shard") -> "Plan":
+        """This process' share of the batch."""
+        part = slice(shard.rank, None, shard.world_size)
+        return Plan(self.indices[part], self.draws[part])
+
+
+class Shard(NamedTuple):
+    """Which of several processes that share every batch this one is."""
+
+    rank: int
+    world_size: int
+
+
+ALONE = Shard(0, 1)
 
 # ---- streams ------------------------------------------------------------------------------------
 
@@ -50,9 +64,11 @@ class Stream:
     Attributes:
         name: tells the streams of one run apart, e.g. "weights".
         indices: int64 [N] into the image set.
-        batch_size: B.
+        batch_size: of all processes together.
         augmentation: whose random numbers are drawn.
         seed: of the run.
+        shard: which share of every batch is planned. The batches do not depend on it: what several
+            processes see together is what one sees that has their batch sizes' sum.
     """
 
     name: str
@@ -60,6 +76,7 @@ class Stream:
     batch_size: int
     augmentation: Augmentation
     seed: int
+    shard: Shard = ALONE
 
     def order(self, number: int) -> np.ndarray:
         """The indices in the order of pass `number`, int64 [N]."""
@@ -67,7 +84,7 @@ class Stream:
 
     def _plan(self, indices: np.ndarray, step: int) -> Plan:
         rng = generator(self.seed, f"{self.name}/augmentation", step)
-        return Plan(indices, self.augmentation.draw(rng, len(indices)))
+        return Plan(indices, self.augmentation.draw(rng, len(indices))).share(self.shard)
 
 
 # A pass asks for its permutation at every batch, and two streams (with two passes each at a
@@ -83,12 +100,15 @@ class PassStream(Stream):
     """Passes over the index set, each in a new order; every image once a pass."""
 
     def __len__(self) -> int:
-        return len(_bounds(len(self.indices), self.batch_size)) - 1
+        return len(self._bounds()) - 1
 
     def plan(self, number: int, batch: int) -> Plan:
         """Batch `batch` of pass `number`."""
-        start, end = _bounds(len(self.indices), self.batch_size)[batch : batch + 2]
+        start, end = self._bounds()[batch : batch + 2]
         return self._plan(self.order(number)[start:end], number * len(self) + batch)
+
+    def _bounds(self) -> np.ndarray:
+        return _batch_bounds(len(self.indices), self.batch_size, self.shard.world_size)
 
 
 class EndlessStream(Stream):
@@ -108,23 +128,24 @@ class EndlessStream(Stream):
         return self._plan(orders[start : start + size], step)
 
 
-def batch_sizes(length: int, batch_size: int) -> list[int]:
+def batch_sizes(length: int, batch_size: int, world_size: int = 1) -> list[int]:
     """The sizes of one pass's training batches: full ones, then the rest.
 
-    A rest of one image would break BatchNorm where a map is a single pixel, so the batch before
-    gives it one of its images (of batches of 2 or less it cannot).
+    One image alone would break BatchNorm where a map is a single pixel, so the batch before gives
+    the rest as many of its images as make two for every process (of small batches it cannot).
     """
     full, rest = divmod(length, batch_size)
     sizes = [batch_size] * full + [rest] * (rest > 0)
-    if full and rest == 1 and batch_size > 2:
-        sizes[-2:] = [batch_size - 1, 2]
+    lacking = 2 * world_size - rest
+    if full and rest and 0 < lacking <= batch_size - 2 * world_size:
+        sizes[-2:] = [batch_size - lacking, rest + lacking]
     return sizes
 
 
 @functools.lru_cache(maxsize=4)
-def _bounds(length: int, batch_size: int) -> np.ndarray:
+def _batch_bounds(length: int, batch_size: int, world_size: int) -> np.ndarray:
     """Where the training batches of a pass begin, and where the last one ends."""
-    return np.cumsum([0, *batch_sizes(length, batch_size)])
+    return np.cumsum([0, *batch_sizes(length, batch_size, world_size)])
 
 
 # ---- sources ------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@
 * A checkpoint of another network ends in one sentence.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from dartsl.distributed import average_gradients, broadcast, share_of, total
 from dartsl.errors import UserError
 
 Schedule = Callable[[int], float]
@@ -94,9 +95,31 @@ class ResumableModule(pl.LightningModule):
         rank_and_step = (self.global_rank << 40) + self.global_step
         torch.manual_seed(self.step_seed * 2**31 + rank_and_step & 2**63 - 1)
 
+    def share(self, y: Tensor) -> Tensor | float:
+        """What a loss over these labels weighs in the mean over all processes."""
+        return share_of(len(y), y.device)
+
+    def on_after_backward(self) -> None:
+        """Average the gradients over all processes, before they are unscaled and clipped."""
+        average_gradients(self.parameters())
+
+    def log_epoch(self, prefix: str, values: Mapping[str, Tensor | float]) -> None:
+        """Log an epoch's values, the same in all processes, as `<prefix><name>`."""
+        self.log_dict({f"{prefix}{name}": v for name, v in values.items()}, sync_dist=True)
+
+    def on_validation_start(self) -> None:
+        """Validate with the running statistics of rank 0, which a checkpoint keeps."""
+        broadcast(self.buffers())
+
+    def on_test_start(self) -> None:
+        """Test with the running statistics of rank 0."""
+        broadcast(self.buffers())
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the seed of the steps."""
+        """Keep the seed of the steps, and the epoch's metrics of all processes."""
         checkpoint["step_seed"] = self.step_seed
+        for name, value in self.epoch_metrics(checkpoint).items():
+            checkpoint["state_dict"][name] = total([value])[0]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint fits, and mend Lightning's record of where it was saved.
@@ -106,10 +129,20 @@ class ResumableModule(pl.LightningModule):
         """
         check_same_tensors(self.state_dict(), checkpoint["state_dict"], "this run's network")
         self.step_seed = checkpoint.get("step_seed")
+        if self.global_rank > 0:  # rank 0 goes on with the metrics of all
+            for name, value in self.epoch_metrics(checkpoint).items():
+                checkpoint["state_dict"][name] = torch.zeros_like(value)
         loops = checkpoint.get("loops", {}).get("fit_loop")
         if loops is not None:
             reopen_epoch(loops)
             self._epoch_end_pending = mark_epoch_end_as_pending(loops)
+
+    def epoch_metrics(self, checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+        """The states of the metrics in a checkpoint, which are sums over examples."""
+        prefixes = tuple(
+            f"{name}." for name, module in self.named_modules() if isinstance(module, EpochMetrics)
+        )
+        return {k: v for k, v in checkpoint["state_dict"].items() if k.startswith(prefixes)}
 
 
 def check_same_tensors(

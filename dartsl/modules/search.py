@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from pytorch_lightning.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
+from dartsl.distributed import average, check_replicas
 from dartsl.genotype import Genotype
 from dartsl.hypergradient import (
     BilevelProblem,
@@ -106,10 +107,10 @@ class SearchModule(ResumableModule):
         optimizer.zero_grad()
         with held_constant(self.supernet.arch_parameters()):
             loss, logits = self.loss(x, y)
-            self.manual_backward(loss)
+            self.manual_backward(loss * self.share(y))
         optimizer.step()  # which calls on_before_optimizer_step
         self.train_metrics.update(loss, logits, y)
-        self.log("search/train_loss_step", loss.detach(), prog_bar=True)
+        self.log("search/train_loss_step", loss.detach())
         return loss.detach()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -121,17 +122,18 @@ class SearchModule(ResumableModule):
         weight_optimizer = self.trainer.optimizers[0]
 
         def val_loss() -> Tensor:
-            loss, _ = self.loss(*val)
+            loss = self.loss(*val)[0] * self.share(val[1])
             return loss if self.penalty is None else loss + self.penalty(self.supernet)
 
         return BilevelProblem(
-            train_loss=lambda: self.loss(*train)[0],
+            train_loss=lambda: self.loss(*train)[0] * self.share(train[1]),
             val_loss=val_loss,
             weights=self.supernet.weight_parameters(),
             alphas=self.supernet.arch_parameters(),
             xi=weight_optimizer.param_groups[0]["lr"],
             virtual_direction=lambda gradients: sgd_direction(weight_optimizer, gradients),
             buffers=list(self.supernet.buffers()),
+            average=average,
         )
 
     def loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,24 +168,20 @@ class SearchModule(ResumableModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the alpha half's loss and accuracy."""
-        self.log_group("search/val", self.val_metrics.compute_and_reset())
+        self.log_epoch("search/val_", self.val_metrics.compute_and_reset())
 
     def on_train_epoch_end(self) -> None:
         """Log the weight half's loss and accuracy, the learning rate and the state of alpha."""
         if not self.epoch_is_complete():
             return
-        self.log_group("search/train", self.train_metrics.compute_and_reset())
-        self.log("search/learning_rate", self.weight_optimizer_groups()[0]["lr"])
+        check_replicas(self.supernet.arch_parameters(), "alphas")
+        self.log_epoch("search/train_", self.train_metrics.compute_and_reset())
+        self.log_epoch("search/", {"learning_rate": self.weight_optimizer_groups()[0]["lr"]})
         genotype = self.genotype()
         for kind, strengths in self.supernet.strengths().items():
-            self.log(f"alpha/{kind}_entropy", entropy(strengths))
-            edges = getattr(genotype, kind)
-            skips = sum(primitive == "skip_connect" for primitive, _ in edges)
-            self.log(f"alpha/{kind}_skip_connections", float(skips))
-
-    def log_group(self, prefix: str, values: dict[str, Tensor]) -> None:
-        """Log values as `<prefix>_<name>`."""
-        self.log_dict({f"{prefix}_{name}": value for name, value in values.items()}, prog_bar=True)
+            skips = sum(primitive == "skip_connect" for primitive, _ in getattr(genotype, kind))
+            self.log_epoch(f"alpha/{kind}_", {"entropy": entropy(strengths)})
+            self.log_epoch(f"alpha/{kind}_", {"skip_connections": float(skips)})
 
 
 def entropy(strengths: Tensor) -> Tensor:

@@ -56,8 +56,8 @@ class TrainModule(ResumableModule):
         self.train_metrics.update(loss, logits, y)
         if auxiliary_logits is not None:
             loss = loss + self.auxiliary_weight * self.loss(auxiliary_logits, y)
-        self.log("train/loss_step", loss.detach(), prog_bar=True)
-        return loss
+        self.log("train/loss_step", loss.detach())
+        return loss * self.share(y)
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """Mean cross entropy with label smoothing."""
@@ -105,21 +105,16 @@ class TrainModule(ResumableModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation loss and accuracy."""
-        self.log_group("train/val", self.val_metrics.compute_and_reset())
+        self.log_epoch("train/val_", self.val_metrics.compute_and_reset())
 
     def on_test_epoch_end(self) -> None:
         """Log the test loss and accuracy."""
-        self.log_group("test", self.val_metrics.compute_and_reset(), separator="/")
+        self.log_epoch("test/", self.val_metrics.compute_and_reset())
 
     def on_train_epoch_end(self) -> None:
         """Log the training loss and accuracy, the learning rate and drop path."""
         if not self.epoch_is_complete():
             return
-        self.log_group("train/train", self.train_metrics.compute_and_reset())
-        self.log("train/learning_rate", self.weight_optimizer_groups()[0]["lr"])
-        self.log("train/drop_path_prob", self.epoch_drop_path_prob())
-
-    def log_group(self, prefix: str, values: dict[str, Tensor], separator: str = "_") -> None:
-        """Log values as `<prefix><separator><name>`."""
-        named = {f"{prefix}{separator}{name}": value for name, value in values.items()}
-        self.log_dict(named, prog_bar=True)
+        self.log_epoch("train/train_", self.train_metrics.compute_and_reset())
+        self.log_epoch("train/", {"learning_rate": self.weight_optimizer_groups()[0]["lr"]})
+        self.log_epoch("train/", {"drop_path_prob": self.epoch_drop_path_prob()})

@@ -1,8 +1,5 @@
 """The search as a Lightning run, against the literal search of tests/literal_darts.py."""
 
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,13 +8,12 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from dartsl.errors import UserError
 from dartsl.genotype import Genotype
@@ -394,61 +390,6 @@ def test_the_finite_difference_is_in_full_precision_under_autocast() -> None:
     assert len(dtypes) == 5  # w, w', w + epsilon v, w - epsilon v, and the weight step
     assert dtypes[2:4] == [torch.float32, torch.float32]
     assert dtypes[4] == torch.bfloat16
-
-
-class RankBatches(IterableDataset):
-    """Every second batch, from the rank's own one on."""
-
-    def __iter__(self):
-        return iter(random_batches(case(train=[4, 4], val=[4, 4]))[dist.get_rank() :: 2])
-
-
-class RankEnd(pl.Callback):
-    """Saves the alphas of all ranks."""
-
-    def on_train_end(self, trainer, pl_module) -> None:
-        alphas = pl_module.all_gather(concat(values(pl_module.supernet.arch_parameters())))
-        if trainer.is_global_zero:
-            torch.save(alphas, "alphas.pt")
-
-
-def run_two_ranks() -> None:
-    """One step on two processes; in a process of its own, which may fork."""
-    torch.set_num_threads(1)
-    c = case()
-    module = SearchModule(
-        same_supernet(c, literal_network(c)), FirstOrder(), SGD, partial(torch.optim.SGD, lr=1.0)
-    )
-    strategy = "ddp_fork_find_unused_parameters_true"
-    fit(module, RankBatches(), devices=2, strategy=strategy, callbacks=[RankEnd()])
-
-
-@pytest.mark.slow
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the gradients of alpha are not averaged over the ranks",
-)
-def test_ranks_descend_the_mean_of_their_alpha_gradients(tmp_path) -> None:
-    """`torch.autograd.grad` bypasses the hooks of DDP: the ranks would drift apart."""
-    command = "from tests.modules.test_search import run_two_ranks; run_two_ranks()"
-    subprocess.run(
-        [sys.executable, "-c", command],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(CONF.parent), "OMP_NUM_THREADS": "1"},
-        check=True,
-        capture_output=True,
-        timeout=120,
-    )
-    ranks = torch.load(tmp_path / "alphas.pt", weights_only=True)
-    gradients = []
-    for pair in random_batches(case()):
-        network = literal_network(case())
-        alphas = network.arch_parameters()
-        gradients.append(concat(torch.autograd.grad(network.loss(*pair["val"]), alphas)))
-    expected = concat(values(alphas)) - (gradients[0] + gradients[1]) / 2
-    assert torch.equal(ranks[0], ranks[1])
-    assert furthest([ranks[0]], [expected]) < 1e-12
 
 
 # The other slots
