@@ -3,7 +3,7 @@
 Shapes: B images, E edges, P primitives, K classes.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -97,6 +97,8 @@ class SearchModule(ResumableModule):
         gradients, _ = self.hypergradient(self.bilevel_problem(train, val))
         for alpha, gradient in zip(self.supernet.arch_parameters(), gradients, strict=True):
             alpha.grad = gradient
+        if self.loss_scale() is not None and not all(g.isfinite().all() for g in gradients):
+            return  # too large for float16; the weights' step will lower the scale
         # Not through Lightning's wrapper: one batch is one global_step.
         self.trainer.optimizers[1].step()
 
@@ -120,21 +122,34 @@ class SearchModule(ResumableModule):
     def bilevel_problem(self, train: Batch, val: Batch) -> BilevelProblem:
         """What the hypergradient sees of this step."""
         weight_optimizer = self.trainer.optimizers[0]
+        scale = self.loss_scale()
+
+        def scaled(loss: Tensor) -> Tensor:
+            return loss if scale is None else loss * scale
+
+        def unscaled_average(gradients: Sequence[Tensor]) -> list[Tensor]:
+            means = average(gradients)
+            return means if scale is None else list(torch._foreach_div(means, scale))
 
         def val_loss() -> Tensor:
             loss = self.loss(*val)[0] * self.share(val[1])
-            return loss if self.penalty is None else loss + self.penalty(self.supernet)
+            return scaled(loss if self.penalty is None else loss + self.penalty(self.supernet))
 
         return BilevelProblem(
-            train_loss=lambda: self.loss(*train)[0] * self.share(train[1]),
+            train_loss=lambda: scaled(self.loss(*train)[0] * self.share(train[1])),
             val_loss=val_loss,
             weights=self.supernet.weight_parameters(),
             alphas=self.supernet.arch_parameters(),
             xi=weight_optimizer.param_groups[0]["lr"],
             virtual_direction=lambda gradients: sgd_direction(weight_optimizer, gradients),
             buffers=list(self.supernet.buffers()),
-            average=average,
+            average=unscaled_average,
         )
+
+    def loss_scale(self) -> Tensor | None:
+        """Under 16-mixed, the factor that keeps small gradients from vanishing in float16."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return None if scaler is None else scaler.scale(torch.ones((), device=self.device))
 
     def loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Mean cross entropy and the logits [B, K]."""

@@ -1,5 +1,6 @@
 """The search as a Lightning run, against the literal search of tests/literal_darts.py."""
 
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -377,6 +378,35 @@ def scaled_precision() -> MixedPrecision:
     precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=65536.0))
     precision.autocast_context_manager = lambda: torch.autocast("cpu", torch.bfloat16)
     return precision
+
+
+@pytest.mark.parametrize("hypergradient", [FirstOrder(), Unrolled(), Unrolled("exact")])
+def test_alpha_moves_as_far_with_loss_scaling_as_without(hypergradient) -> None:
+    ends = []
+    for scaled in (False, True):
+        c = case()
+        supernet = same_supernet(c, literal_network(c)).float()
+        precision = scaled_precision()
+        precision.autocast_context_manager = nullcontext
+        pairs = [{h: (x.float(), y) for h, (x, y) in pair.items()} for pair in random_batches(c)]
+        plugins = [precision] if scaled else []
+        options = {"plugins": plugins, "precision": None if scaled else "32-true"}
+        fit(SearchModule(supernet, hypergradient, SGD, ADAM), pairs, **options)
+        ends.append(concat(values(supernet.arch_parameters())))
+    assert furthest(ends[:1], ends[1:]) < 1e-6
+
+
+def test_an_alpha_step_that_overflows_is_left_out() -> None:
+    c = case()
+    supernet = same_supernet(c, literal_network(c)).float()
+    before = values(supernet.arch_parameters())
+    precision = scaled_precision()
+    precision.scaler = torch.amp.GradScaler("cpu", init_scale=float("inf"))
+    pairs = [{h: (x.float(), y) for h, (x, y) in pair.items()} for pair in random_batches(c)]
+    module = SearchModule(supernet, FirstOrder(), SGD, ADAM)
+    fit(module, pairs[:1], plugins=[precision], precision=None)
+    assert furthest(values(supernet.arch_parameters()), before) == 0
+    assert not module.trainer.optimizers[1].state
 
 
 def test_the_finite_difference_is_in_full_precision_under_autocast() -> None:
