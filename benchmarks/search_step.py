@@ -64,6 +64,7 @@ class Literal:
 
     def one_pass(self) -> None:
         """Forward and backward, with gradients of weights and alphas."""
+        self.network.zero_grad()
         self.network.loss(*self.batches[0]).backward()
 
 
@@ -114,6 +115,7 @@ class Ours:
 
     def one_pass(self) -> None:
         """Forward and backward, with gradients of weights and alphas."""
+        self.network.zero_grad()
         self.loss(self.batches[0]).backward()
 
 
