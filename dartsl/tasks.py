@@ -258,7 +258,8 @@ def report_test(trainer: pl.Trainer) -> float:
 
 def next_command(cfg: DictConfig) -> str:
     """The command that trains what a search found, on the same data and hardware."""
-    kept = ("data=", "data.root=", "data.image_size=", "data.in_channels=", "hardware=")
+    of_data = ("root", "image_size", "in_channels", "mean", "std", "num_workers")
+    kept = ("data=", "hardware=", *(f"data.{key}=" for key in of_data))
     return command(
         f"experiment={cfg.next_experiment}",
         *(override for override in given_overrides() if override.startswith(kept)),
