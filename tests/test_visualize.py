@@ -27,9 +27,8 @@ from dartsl.visualize import (
 )
 
 CELLS = sorted(
-    path.stem
-    for path in (Path(__file__).parent.parent / "conf/genotype").glob("*.yaml")
-    if path.stem != "from_file"
+    {path.stem for path in (Path(__file__).parents[1] / "conf/genotype").glob("*.yaml")}
+    - {"from_file", "random"}
 )
 NAMES = (*COLORS, "none", "x", "a_$new$_primitive_of_considerable_length")
 
