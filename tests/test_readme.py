@@ -47,5 +47,5 @@ def test_every_file_that_it_names_exists() -> None:
     paths = re.findall(r"`((?:conf|dartsl|tests|benchmarks|docs)/[\w/.]*)`", README)
     assert len(links) >= 3
     assert len(paths) >= 8
-    for name in links + paths:
+    for name in links + [path for path in paths if "NAME" not in path]:
         assert (ROOT / name).exists(), name
