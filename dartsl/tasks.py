@@ -129,12 +129,16 @@ def prepare(cfg: DictConfig) -> None:
     check_types(cfg)
     if not 0 <= cfg.seed < 2**32:
         raise UserError(f"seed={cfg.seed} must be a whole number from 0 to 2^32 - 1.")
+    if cfg.threads is not None and not (isinstance(cfg.threads, int) and cfg.threads >= 1):
+        raise UserError(f"threads={cfg.threads} must be a whole number of at least 1, or null.")
     output_dir = Path(cfg.output_dir)
     if is_first_process() and (output_dir / "checkpoints").exists() and cfg.ckpt_path is None:
         raise UserError(
             f"{output_dir} holds a run already: go on with it by ckpt_path=last, or choose another "
             "folder by hydra.run.dir=FOLDER."
         )
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
     pl.seed_everything(cfg.seed, verbose=False)
 
 

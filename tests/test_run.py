@@ -397,6 +397,8 @@ experiment=search_digits data.train_fraction=1
     train_fraction=1 leaves a search without one of its two halves
 experiment=search_digits seed=-1
     seed=-1 must be a whole number from 0 to
+experiment=search_digits threads=0
+    threads=0 must be a whole number of at least 1
 experiment=search_digits seed=x
     seed=x must be a whole number
 experiment=search_digits method=pc_darts supernet.channels=6
