@@ -30,9 +30,8 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, stride: int = 1, dilation: int =
         [B, C, ceil(H / s), ceil(W / s)].
     """
     if stride == dilation == 2:
-        # All taps of an output lie on even pixels: 2 o + 2 j - 2 (K // 2). They are taken by a
-        # pool of one pixel: unlike that of a slice, its gradient stays in channels_last.
-        return depthwise_conv2d(F.avg_pool2d(x, 1, stride=2), weight)
+        # All taps of an output lie on even pixels: 2 o + 2 j - 2 (K // 2).
+        return depthwise_conv2d(x[:, :, ::2, ::2], weight)
     # Autocast would leave the backward formulas with tensors of two precisions.
     if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return _convolve(x, weight, stride, dilation)
@@ -58,17 +57,18 @@ class DepthwiseConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
-        """As `depthwise_conv2d`, for every pair of stride and dilation but (2, 2)."""
+        """`depthwise_conv2d` of x [B, C, H, W] and weight [C, 1, K, K]."""
         ctx.save_for_backward(x, weight)
         ctx.stride, ctx.dilation = stride, dilation
         return _convolve(x, weight, stride, dilation)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients that are wanted: an alpha step takes none of the weights."""
+        """Gradients of x and weight, as far as they are wanted."""
         (gradient,) = gradients
         x, weight = ctx.saved_tensors
         size = ctx.stride, ctx.dilation
+        # An alpha step takes no gradients of the weights.
         return (
             input_gradient(gradient, x, weight, *size) if ctx.needs_input_grad[0] else None,
             weight_gradient(gradient, x, weight, *size) if ctx.needs_input_grad[1] else None,
@@ -86,10 +86,7 @@ def input_gradient(
     y[o] = sum_j w[j] x[o + j] gives dL/dx[i] = sum_j w[j] g[i - j].
     """
     if stride == 1:
-        flipped = weight.flip(2, 3)
-        if not torch.is_grad_enabled():  # nothing differentiates this again
-            return _convolve(gradient, flipped, 1, dilation)
-        return DepthwiseConvolution.apply(gradient, flipped, 1, dilation)
+        return DepthwiseConvolution.apply(gradient, weight.flip(2, 3), 1, dilation)
     return _native_gradients(gradient, x, weight, stride, dilation, wanted=(True, False))[0]
 
 
@@ -108,18 +105,14 @@ def weight_gradient(
     size = weight.shape[-1]
     if size <= FAST_WIDTH:
         return _native_gradients(gradient, x, weight, stride, 1, wanted=(False, True))[1]
+    padded = F.pad(x, (size // 2, size // 2))
     reach = (gradient.shape[-1] - 1) * stride + FAST_WIDTH  # columns that three taps read
-    # oneDNN is slow where it pads a map of fewer rows than the kernel.
-    rows = size // 2 if gradient.shape[2] < size else 0
     columns = []
     for first in range(0, size, FAST_WIDTH):
         start = min(first, size - FAST_WIDTH)  # the last three may overlap the three before
-        left = size // 2 - start
-        part = F.pad(x, (left, reach - left - x.shape[-1], rows, rows))  # negative: crops
+        part = padded[:, :, :, start : start + reach]
         kernel = weight[:, :, :, start : start + FAST_WIDTH]
-        found = _native_gradients(
-            gradient, part, kernel, stride, 1, (False, True), (size // 2 - rows, 0)
-        )
+        found = _native_gradients(gradient, part, kernel, stride, 1, (False, True), width_padding=0)
         columns.append(found[1][:, :, :, first - start :])
     return torch.cat(columns, dim=3)
 
@@ -144,18 +137,19 @@ def _native_gradients(
     stride: int,
     dilation: int,
     wanted: tuple[bool, bool],
-    padding: tuple[int, int] | None = None,
+    width_padding: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """PyTorch's own gradients of input and weight; what is not wanted is undefined."""
-    if padding is None:
-        padding = dilation * (weight.shape[2] // 2), dilation * (weight.shape[3] // 2)
+    padding = [dilation * (size // 2) for size in weight.shape[2:]]
+    if width_padding is not None:
+        padding[1] = width_padding
     found = torch.ops.aten.convolution_backward(
         gradient,
         x,
         weight,
         None,
         [stride, stride],
-        list(padding),
+        padding,
         [dilation, dilation],
         False,
         [0, 0],

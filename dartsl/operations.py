@@ -92,8 +92,9 @@ class FactorizedReduce(nn.Module):
 def shifted(x: Tensor) -> Tensor:
     """`x` without its first row and column; an odd size has one of zeros past the border."""
     height, width = x.shape[2:]
-    # Negative paddings crop. Unlike that of a slice, their gradient stays in channels_last.
-    return F.pad(x, (-1, width % 2, -1, height % 2))
+    if height % 2 or width % 2:
+        x = F.pad(x, (0, width % 2, 0, height % 2))
+    return x[:, :, 1:, 1:]
 
 
 class SeparableConv(nn.Module):
