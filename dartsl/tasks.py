@@ -6,7 +6,8 @@ A task takes the composed config and returns the number that a sweeper maximises
 import io
 import logging
 import sys
-from contextlib import nullcontext, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from dartsl.errors import UserError, unknown
 from dartsl.genotype import Genotype
 from dartsl.interop import load_official_network
 from dartsl.modules.resumable import check_same_tensors
+from dartsl.processes import processes
 from dartsl.visualize import draw_genotype, save_figure
 
 log = logging.getLogger(__name__)
@@ -46,11 +48,11 @@ def search(cfg: DictConfig) -> float | None:
     prepare(cfg)
     supernet = build(cfg.supernet)()
     module = build(cfg.module)(supernet=supernet)
-    trainer = fit(cfg, module)
-    print(f"\nGenotype: {relative(cfg.output_dir)}/{GENOTYPE_FILE}")
-    print(f"Cells:    {relative(cfg.output_dir)}/cells.png")
-    if cfg.next_experiment is not None:
-        print(f"Next:     {next_command(cfg)}")
+    cfg.ckpt_path = find_checkpoint(cfg)
+    with running(cfg) as (trainer, data):
+        trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
+    if is_first_process():
+        report_genotype(cfg)
     return metric(trainer, "search/val_accuracy")
 
 
@@ -63,9 +65,11 @@ def train(cfg: DictConfig) -> float | None:
     prepare(cfg)
     network = build(cfg.network)(genotype=find_genotype(cfg))
     module = build(cfg.module)(network=network)
-    trainer = fit(cfg, module)
-    validation = metric(trainer, "train/val_accuracy")
-    trainer.test(module, datamodule=trainer.datamodule, verbose=False)  # type: ignore[attr-defined]
+    cfg.ckpt_path = find_checkpoint(cfg)
+    with running(cfg) as (trainer, data):
+        trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
+        validation = metric(trainer, "train/val_accuracy")
+        trainer.test(module, datamodule=data, verbose=False)
     test = report_test(trainer)
     return test if validation is None else validation
 
@@ -83,10 +87,9 @@ def evaluate(cfg: DictConfig) -> float:
     else:
         check_same_tensors(network.state_dict(), state_dict, "this run's network")
         network.load_state_dict(state_dict)
-    trainer = build_trainer(cfg)
     module = build(cfg.module)(network=network)
-    announce(cfg)
-    trainer.test(module, datamodule=instantiate(cfg.data), verbose=False)
+    with running(cfg) as (trainer, data):
+        trainer.test(module, datamodule=data, verbose=False)
     return report_test(trainer)
 
 
@@ -163,33 +166,29 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
     callbacks = [instantiate(node) for node in (cfg.get("callbacks") or {}).values()]
     loggers = [instantiate(node) for node in (cfg.get("logger") or {}).values()]
     try:
-        trainer = build(cfg.trainer)(callbacks=callbacks, logger=loggers)
+        return build(cfg.trainer)(callbacks=callbacks, logger=loggers)
     except MisconfigurationException as error:
         raise UserError(
             f"This machine cannot run with these settings: {error} "
             "hardware=auto takes what there is."
         ) from error
-    in_turn = (
-        HydraConfig.get().mode == RunMode.MULTIRUN
-        or HydraConfig.get().runtime.choices["task"] == "quick_start"
-    )
-    if trainer.world_size > 1 and in_turn:
-        # Lightning starts the other processes by this command's own line, all of it.
-        raise UserError(
-            "Several processes run one experiment at a time: give the jobs of a sweep, or the two "
-            "parts of the quick start, as commands of their own; or take hardware=auto."
-        )
-    return trainer
 
 
-def fit(cfg: DictConfig, module: pl.LightningModule) -> pl.Trainer:
-    """Fit a module to the config's data, from the config's checkpoint if there is one."""
-    checkpoint = find_checkpoint(cfg)
+@contextmanager
+def running(cfg: DictConfig) -> Iterator[tuple[pl.Trainer, pl.LightningDataModule]]:
+    """The trainer and the data of a run; within, the trainer's other processes run it too."""
     trainer = build_trainer(cfg)
     data = instantiate(cfg.data)
     announce(cfg)
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    return trainer
+    with processes(trainer, run_as_other, OmegaConf.to_container(cfg, resolve=True)):
+        yield trainer, data
+
+
+def run_as_other(plain: dict[str, Any]) -> None:
+    """Run the task of a composed config, in another process than the one that composed it."""
+    for name in ("pytorch_lightning", "lightning_fabric"):  # as conf/config.yaml has it
+        logging.getLogger(name).setLevel(logging.WARNING)
+    run(OmegaConf.create(plain))
 
 
 def find_genotype(cfg: DictConfig) -> Genotype:
@@ -251,6 +250,14 @@ def metric(trainer: pl.Trainer, name: str) -> float | None:
     """A logged metric's last value, if it was logged."""
     value = trainer.callback_metrics.get(name)
     return None if value is None else value.item()
+
+
+def report_genotype(cfg: DictConfig) -> None:
+    """Print where a search left its genotype, and the command to type next."""
+    print(f"\nGenotype: {relative(cfg.output_dir)}/{GENOTYPE_FILE}")
+    print(f"Cells:    {relative(cfg.output_dir)}/cells.png")
+    if cfg.next_experiment is not None:
+        print(f"Next:     {next_command(cfg)}")
 
 
 def report_test(trainer: pl.Trainer) -> float:

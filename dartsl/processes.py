@@ -1,0 +1,171 @@
+"""Starts the other processes of a run, each with the config that this one has.
+
+Lightning's own launcher runs the command line again, all of it: in a job of a sweep that is the
+whole sweep, in the quick start both of its parts. What is started here calls one function.
+"""
+
+import multiprocessing
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from pytorch_lightning.plugins.environments import LightningEnvironment
+from pytorch_lightning.strategies import ParallelStrategy
+from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
+
+from dartsl.errors import UserError
+
+RANK_VARIABLES = (
+    "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS",
+)  # fmt: skip
+SECONDS_TO_FAIL = 5.0  # that a process takes from its failure to its end
+SECONDS_TO_END = 60.0  # that the others may go on when one has ended
+
+
+@contextmanager
+def processes(trainer: pl.Trainer, function: Callable[..., Any], *args: Any) -> Iterator[None]:
+    """Within: this process is rank 0 of `trainer`, and `function(*args)` runs as every other rank.
+
+    Nothing is started for a single process, nor where another started them (torchrun, Slurm, this
+    function). Afterwards all have ended, and the environment is what it was.
+
+    Args:
+        trainer: says how many processes there are.
+        function: builds the same trainer and calls the same of its methods; importable by name.
+        *args: picklable.
+
+    Raises:
+        UserError: where another process failed first; what it had to say stands on stderr.
+    """
+    if not _launches(trainer):
+        yield
+        return
+    ended = threading.Event()
+    with _restored_environment():
+        others = _start(trainer.num_devices, function, args)
+        threading.Thread(target=_end_with_others, args=(others, ended), daemon=True).start()
+        try:
+            yield
+            _check(others, SECONDS_TO_END)
+        except UserError:
+            raise
+        except Exception as error:
+            _check(others, SECONDS_TO_FAIL, error)
+            raise
+        finally:
+            ended.set()
+            _end(others)
+
+
+def _launches(trainer: pl.Trainer) -> bool:
+    """Whether Lightning would run the command line again."""
+    strategy = trainer.strategy
+    return (
+        trainer.num_devices > 1
+        and isinstance(strategy, ParallelStrategy)
+        and isinstance(strategy.launcher, _SubprocessScriptLauncher)
+        and isinstance(strategy.cluster_environment, LightningEnvironment)
+        and not strategy.cluster_environment.creates_processes_externally
+    )
+
+
+@contextmanager
+def _restored_environment() -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in RANK_VARIABLES}
+    threads = torch.get_num_threads()  # Lightning lowers it to a process' share
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _start(number: int, function: Callable[..., Any], args: tuple[Any, ...]) -> list[SpawnProcess]:
+    """Ranks 1 to `number` - 1; each finds its rank in the environment, where Lightning looks."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "NODE_RANK": "0"}
+    others = []
+    for rank in range(1, number):
+        os.environ["LOCAL_RANK"] = str(rank)
+        other = multiprocessing.get_context("spawn").Process(target=_run, args=(function, args))
+        other.start()
+        others.append(other)
+    os.environ["LOCAL_RANK"] = "0"
+    return others
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _run(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """What another process does; it does not outlive rank 0."""
+    threading.Thread(target=_exit_with_rank_zero, daemon=True).start()
+    try:
+        function(*args)
+    except UserError as error:
+        sys.exit(f"Error: {error}")
+
+
+def _exit_with_rank_zero() -> None:
+    rank_zero = multiprocessing.parent_process()
+    assert rank_zero is not None
+    rank_zero.join()
+    os._exit(1)
+
+
+def _check(others: Sequence[SpawnProcess], seconds: float, error: Exception | None = None) -> None:
+    """Raise a UserError if another process fails within some seconds.
+
+    Args:
+        others: are waited for, but no longer than until one has failed.
+        seconds: to wait at most.
+        error: what this process fails with; the others' failure may be the reason.
+    """
+    for other in _failures(others, seconds):
+        raise UserError(
+            f"The process of rank {others.index(other) + 1} stopped with status {other.exitcode}: "
+            "what it had to say stands above."
+        ) from error
+
+
+def _failures(others: Sequence[SpawnProcess], seconds: float | None) -> Iterator[SpawnProcess]:
+    """Those that end with a status other than 0, as they do."""
+    running = list(others)
+    while running and (sentinels := wait([other.sentinel for other in running], seconds)):
+        for other in [other for other in running if other.sentinel in sentinels]:
+            running.remove(other)
+            other.join()
+            if other.exitcode != 0:
+                yield other
+
+
+def _end_with_others(others: Sequence[SpawnProcess], ended: threading.Event) -> None:
+    """End this process some time after another failed: on GPUs it may wait for it for ever."""
+    for other in _failures(others, None):
+        if not ended.wait(SECONDS_TO_END):
+            print(f"Error: another process stopped with {other.exitcode}.", file=sys.stderr)
+            os._exit(1)  # the others see it
+        return
+
+
+def _end(others: Sequence[SpawnProcess]) -> None:
+    for other in others:
+        if other.is_alive():
+            other.kill()
+        other.join()
+    if dist.is_initialized():
+        dist.destroy_process_group()
