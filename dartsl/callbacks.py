@@ -8,6 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import RichProgressBar
 
+from dartsl.distributed import is_first_process
 from dartsl.genotype import Genotype
 from dartsl.modules import SearchModule
 from dartsl.modules.resumable import ResumableModule
@@ -69,7 +70,8 @@ class GenotypeWriter(pl.Callback):
         self.best_accuracy = state_dict["best_accuracy"]
         if state_dict["best_genotype"] is not None:
             self.best_genotype = Genotype.parse(state_dict["best_genotype"])
-            self.best_genotype.save(self.dirpath / BEST_GENOTYPE_FILE)
+            if is_first_process():
+                self.best_genotype.save(self.dirpath / BEST_GENOTYPE_FILE)
 
 
 class CollapseWarning(pl.Callback):

@@ -39,22 +39,34 @@ def world_size() -> int:
 
 
 def average(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The means of tensors over all processes, in one exchange; in their shapes."""
+    """The means of tensors over all processes, in one exchange; laid out as they are."""
     if world_size() == 1 or not tensors:
         return list(tensors)
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    flat = _flatten(tensors)
     dist.all_reduce(flat)
-    flat /= world_size()
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    return _unflatten(flat / world_size(), tensors)
 
 
+@torch.no_grad()
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Put the mean over all processes in the place of every `.grad`."""
-    if world_size() > 1:
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        for gradient, mean in zip(gradients, average(gradients), strict=True):
-            gradient.copy_(mean)
+    """Put the mean over all processes in the place of every `.grad`.
+
+    A parameter without a gradient in this process counts as zero (a method may sample other
+    operations in every process); without one in any it stays so, and the optimizer passes it by.
+
+    Args:
+        parameters: the same in all processes; those that require no gradient are left alone.
+    """
+    if world_size() == 1:
+        return
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    used = torch.tensor([float(p.grad is not None) for p in trained], device=trained[0].device)
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    *means, used_by = average([*gradients, used])
+    for index, (parameter, mean) in enumerate(zip(trained, means, strict=True)):
+        # Reading a number makes a GPU wait: only where this process cannot know it.
+        if parameter.grad is not None or used_by[index] > 0:
+            parameter.grad = mean
 
 
 def share_of(count: int, device: torch.device) -> Tensor | float:
@@ -71,22 +83,47 @@ def share_of(count: int, device: torch.device) -> Tensor | float:
 
 
 def total(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The sums of tensors over all processes."""
-    sums = [tensor.clone() for tensor in tensors]
-    if world_size() > 1:
-        for tensor in sums:
-            dist.all_reduce(tensor)
-    return sums
+    """The sums of tensors over all processes, in one exchange."""
+    if world_size() == 1 or not tensors:
+        return [tensor.clone() for tensor in tensors]
+    flat = _flatten(tensors)
+    dist.all_reduce(flat)
+    return _unflatten(flat, tensors)
 
 
+@torch.no_grad()
 def broadcast(tensors: Iterable[Tensor]) -> None:
-    """Overwrite tensors by those of rank 0."""
-    if world_size() > 1:
-        for tensor in tensors:
-            dist.broadcast(tensor.detach(), src=0)
+    """Overwrite tensors by those of rank 0, in one exchange a type."""
+    if world_size() == 1:
+        return
+    for group in _by_type(tensors):
+        flat = _flatten(group)
+        dist.broadcast(flat, src=0)
+        torch._foreach_copy_(group, _unflatten(flat, group))
 
 
-def check_replicas(tensors: Sequence[Tensor], what: str) -> None:
+def _by_type(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    groups: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.dtype, []).append(tensor.detach())
+    return list(groups.values())
+
+
+def _flatten(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def _unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """New tensors of the shapes, types and memory layouts of others."""
+    parts = flat.split([tensor.numel() for tensor in like])
+    results = [torch.empty_like(tensor) for tensor in like]
+    for result, part in zip(results, parts, strict=True):
+        result.copy_(part.view(result.shape))
+    return results
+
+
+@torch.no_grad()
+def check_replicas(tensors: Iterable[Tensor], what: str) -> None:
     """Stop where the processes have drifted apart, which averaging makes impossible.
 
     Args:
@@ -98,10 +135,14 @@ def check_replicas(tensors: Sequence[Tensor], what: str) -> None:
     """
     if world_size() == 1:
         return
-    mine = torch.cat([tensor.detach().flatten() for tensor in tensors])
-    first = mine.clone()
-    dist.broadcast(first, src=0)
-    differs = torch.tensor(float(not torch.equal(mine, first)), device=mine.device)
+    drifted = []
+    for group in _by_type(tensors):
+        mine = _flatten(group)
+        first = mine.clone()
+        dist.broadcast(first, src=0)
+        # As bytes: NaN is not equal to itself, and a search that diverged has not drifted.
+        drifted.append((mine.view(torch.uint8) != first.view(torch.uint8)).any().float())
+    differs = torch.stack(drifted).amax()
     dist.all_reduce(differs)
     if differs > 0:
         raise RuntimeError(

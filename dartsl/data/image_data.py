@@ -174,16 +174,29 @@ class ImageDataModule(LightningDataModule):
         return self._evaluation_loader("test", np.arange(len(self._images["test"])))
 
     def state_dict(self) -> dict[str, int]:
-        """The number of training batches handed out; part of every Lightning checkpoint."""
-        return (
-            {"step": self._step} if self._train_loader is None else self._train_loader.state_dict()
-        )
+        """The number of training batches handed out; part of every Lightning checkpoint.
+
+        With a trainer also their size, over all processes, as a step number means nothing without.
+        """
+        loader = self._train_loader
+        state = {"step": self._step} if loader is None else loader.state_dict()
+        return state if self.trainer is None else state | {"batch_size": self._global_batch_size()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from a saved step.
 
         Lightning restores a loader's own state only within an epoch; this one always.
+
+        Raises:
+            UserError: for a step of batches of another size.
         """
+        saved, size = state_dict.get("batch_size"), self._global_batch_size()
+        if saved not in (None, size):
+            raise UserError(
+                f"The checkpoint is of a run with batches of {saved} images, these are of {size}: "
+                f"data.batch_size times the number of processes ({self._shard().world_size}) must "
+                "be what it was."
+            )
         self._step = int(state_dict["step"])
         if self._train_loader is not None:
             self._train_loader.load_state_dict(state_dict)
@@ -191,7 +204,7 @@ class ImageDataModule(LightningDataModule):
     def _make_train_loader(self) -> BatchLoader | PairedLoader:
         source = self._source("train")
         shard = self._shard()
-        batch_size = self.batch_size * shard.world_size
+        batch_size = self._global_batch_size()
         options = (batch_size, self._training_transform(), self.seed, shard)
         self._check_shares(batch_size, shard.world_size)
         weights = PassStream("weights", self.train_indices, *options)
@@ -208,10 +221,16 @@ class ImageDataModule(LightningDataModule):
 
     def _evaluation_loader(self, part: str, indices: np.ndarray) -> EvaluationLoader:
         shard = self._shard()
-        indices = indices[shard.rank :: shard.world_size]
-        return EvaluationLoader(
-            self._source(part), indices, self.batch_size, self._evaluation_transform()
-        )
+        if len(indices) < shard.world_size:  # a process without any would skip what others do
+            raise UserError(
+                f"{len(indices)} images to validate or test on are too few for {shard.world_size} "
+                "processes: use fewer (trainer.devices) or more images."
+            )
+        transform = self._evaluation_transform()
+        return EvaluationLoader(self._source(part), indices, self.batch_size, transform, shard)
+
+    def _global_batch_size(self) -> int:
+        return self.batch_size * self._shard().world_size
 
     def _shard(self) -> Shard:
         """Which of the trainer's processes this one is."""

@@ -329,18 +329,26 @@ class EvaluationLoader:
         indices: int64 [N] into the image set.
         batch_size: B; the last batch is what is left.
         transform: an augmentation that draws nothing.
+        shard: which share of the images comes.
     """
 
     def __init__(
-        self, source: Source, indices: np.ndarray, batch_size: int, transform: Augmentation
+        self,
+        source: Source,
+        indices: np.ndarray,
+        batch_size: int,
+        transform: Augmentation,
+        shard: Shard = ALONE,
     ) -> None:
         self.source = source
-        self.indices = indices
+        self.indices = indices[shard.rank :: shard.world_size]
         self.batch_size = batch_size
         self.transform = transform
+        # Of the largest share, so that a limit on the batches means the same in every process.
+        self.length = -(-len(indices) // (batch_size * shard.world_size))
 
     def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch_size)
+        return self.length
 
     def __iter__(self) -> Iterator[Batch]:
         starts = range(0, len(self.indices), self.batch_size)

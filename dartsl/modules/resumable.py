@@ -118,8 +118,9 @@ class ResumableModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the seed of the steps, and the epoch's metrics of all processes."""
         checkpoint["step_seed"] = self.step_seed
-        for name, value in self.epoch_metrics(checkpoint).items():
-            checkpoint["state_dict"][name] = total([value])[0]
+        metrics = self.epoch_metrics(checkpoint)
+        sums = total(list(metrics.values()))
+        checkpoint["state_dict"].update(zip(metrics, sums, strict=True))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint fits, and mend Lightning's record of where it was saved.

@@ -123,6 +123,7 @@ class SearchModule(ResumableModule):
         """What the hypergradient sees of this step."""
         weight_optimizer = self.trainer.optimizers[0]
         scale = self.loss_scale()
+        train_share, val_share = self.share(train[1]), self.share(val[1])
 
         def scaled(loss: Tensor) -> Tensor:
             return loss if scale is None else loss * scale
@@ -132,11 +133,11 @@ class SearchModule(ResumableModule):
             return means if scale is None else list(torch._foreach_div(means, scale))
 
         def val_loss() -> Tensor:
-            loss = self.loss(*val)[0] * self.share(val[1])
+            loss = self.loss(*val)[0] * val_share
             return scaled(loss if self.penalty is None else loss + self.penalty(self.supernet))
 
         return BilevelProblem(
-            train_loss=lambda: scaled(self.loss(*train)[0] * self.share(train[1])),
+            train_loss=lambda: scaled(self.loss(*train)[0] * train_share),
             val_loss=val_loss,
             weights=self.supernet.weight_parameters(),
             alphas=self.supernet.arch_parameters(),
@@ -175,6 +176,12 @@ class SearchModule(ResumableModule):
             self.stages.enter(self, self.current_epoch)
         super().on_train_batch_start(batch, batch_idx)
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Check at an epoch's end, before a genotype is written, that the processes agree."""
+        if self.epoch_is_complete():
+            check_replicas(self.supernet.arch_parameters(), "alphas")
+            check_replicas(self.supernet.weight_parameters(), "weights")
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss and accuracy on the half that alpha is searched on."""
         x, y = batch
@@ -189,7 +196,6 @@ class SearchModule(ResumableModule):
         """Log the weight half's loss and accuracy, the learning rate and the state of alpha."""
         if not self.epoch_is_complete():
             return
-        check_replicas(self.supernet.arch_parameters(), "alphas")
         self.log_epoch("search/train_", self.train_metrics.compute_and_reset())
         self.log_epoch("search/", {"learning_rate": self.weight_optimizer_groups()[0]["lr"]})
         genotype = self.genotype()

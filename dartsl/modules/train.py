@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dartsl.distributed import check_replicas
 from dartsl.modules.resumable import Batch, EpochMetrics, ResumableModule, Schedule
 from dartsl.networks import FinalNetwork
 
@@ -81,6 +82,11 @@ class TrainModule(ResumableModule):
         """Set the epoch's learning rate and drop path."""
         super().on_train_batch_start(batch, batch_idx)
         self.network.drop_path_prob = self.epoch_drop_path_prob()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Check at an epoch's end that the processes agree."""
+        if self.epoch_is_complete():
+            check_replicas(self.network.parameters(), "weights")
 
     def epoch_drop_path_prob(self) -> float:
         """Drop path's probability in this epoch."""
