@@ -49,21 +49,70 @@ def processes(trainer: pl.Trainer, function: Callable[..., Any], *args: Any) -> 
     if not _launches(trainer):
         yield
         return
-    ended = threading.Event()
     with _restored_environment():
-        others = _start(trainer.num_devices, function, args)
-        threading.Thread(target=_end_with_others, args=(others, ended), daemon=True).start()
+        others = _Others(_start(trainer.num_devices, function, args))
         try:
             yield
-            _check(others, SECONDS_TO_END)
+            others.check(SECONDS_TO_END)
         except UserError:
             raise
         except Exception as error:
-            _check(others, SECONDS_TO_FAIL, error)
+            others.check(SECONDS_TO_FAIL, error)
             raise
         finally:
-            ended.set()
-            _end(others)
+            others.end()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+class _Others(threading.Thread):
+    """Waits for the other processes, alone: two threads that wait for one take its status away."""
+
+    def __init__(self, processes: Sequence[SpawnProcess]) -> None:
+        super().__init__(daemon=True)
+        self.processes = processes
+        self.failure: str | None = None
+        self.settled = threading.Event()  # one has failed, or all have ended
+        self.ended = threading.Event()  # this process has, too
+        self.start()
+
+    def run(self) -> None:
+        """Note who fails first, until all have ended."""
+        running = list(self.processes)
+        while running:
+            sentinels = wait([other.sentinel for other in running])
+            for other in [other for other in running if other.sentinel in sentinels]:
+                running.remove(other)
+                other.join()
+                if other.exitcode != 0 and self.failure is None:
+                    self.fail(self.processes.index(other) + 1, other.exitcode)
+        self.settled.set()
+
+    def fail(self, rank: int, status: int | None) -> None:
+        """Note a failure; on GPUs rank 0 may wait for that process for ever."""
+        self.failure = f"The process of rank {rank} stopped with status {status}"
+        self.settled.set()
+        if not self.ended.wait(SECONDS_TO_END):
+            print(f"Error: {self.failure}.", file=sys.stderr, flush=True)
+            os._exit(1)  # and the others with it
+
+    def check(self, seconds: float, error: Exception | None = None) -> None:
+        """Raise a UserError where another process failed, or does so within some seconds.
+
+        Args:
+            seconds: to wait at most; no longer than until one has failed or all have ended.
+            error: what this process fails with; the other failure may be the reason.
+        """
+        self.settled.wait(seconds)
+        if self.failure is not None:
+            raise UserError(f"{self.failure}: what it had to say stands above.") from error
+
+    def end(self) -> None:
+        """End those that still run."""
+        self.ended.set()
+        for other in self.processes:
+            other.kill()
+        self.join()
 
 
 def _launches(trainer: pl.Trainer) -> bool:
@@ -125,47 +174,3 @@ def _exit_with_rank_zero() -> None:
     assert rank_zero is not None
     rank_zero.join()
     os._exit(1)
-
-
-def _check(others: Sequence[SpawnProcess], seconds: float, error: Exception | None = None) -> None:
-    """Raise a UserError if another process fails within some seconds.
-
-    Args:
-        others: are waited for, but no longer than until one has failed.
-        seconds: to wait at most.
-        error: what this process fails with; the others' failure may be the reason.
-    """
-    for other in _failures(others, seconds):
-        raise UserError(
-            f"The process of rank {others.index(other) + 1} stopped with status {other.exitcode}: "
-            "what it had to say stands above."
-        ) from error
-
-
-def _failures(others: Sequence[SpawnProcess], seconds: float | None) -> Iterator[SpawnProcess]:
-    """Those that end with a status other than 0, as they do."""
-    running = list(others)
-    while running and (sentinels := wait([other.sentinel for other in running], seconds)):
-        for other in [other for other in running if other.sentinel in sentinels]:
-            running.remove(other)
-            other.join()
-            if other.exitcode != 0:
-                yield other
-
-
-def _end_with_others(others: Sequence[SpawnProcess], ended: threading.Event) -> None:
-    """End this process some time after another failed: on GPUs it may wait for it for ever."""
-    for other in _failures(others, None):
-        if not ended.wait(SECONDS_TO_END):
-            print(f"Error: another process stopped with {other.exitcode}.", file=sys.stderr)
-            os._exit(1)  # the others see it
-        return
-
-
-def _end(others: Sequence[SpawnProcess]) -> None:
-    for other in others:
-        if other.is_alive():
-            other.kill()
-        other.join()
-    if dist.is_initialized():
-        dist.destroy_process_group()

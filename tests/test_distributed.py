@@ -4,6 +4,7 @@ A process of its own runs each group of ranks, since it forks; `python -c` calls
 file there.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -11,21 +12,31 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from pytorch_lightning.callbacks import Checkpoint
 from torch.utils.data import DataLoader, IterableDataset
 
 from dartsl.data import Digits
 from dartsl.data.loaders import Plan, Shard, batch_sizes
-from dartsl.distributed import ReplicaStrategy, average, check_replicas, share_of
+from dartsl.distributed import (
+    ReplicaStrategy,
+    average,
+    average_gradients,
+    broadcast,
+    check_replicas,
+    share_of,
+)
 from dartsl.errors import UserError
 from dartsl.genotype import Genotype, published
 from dartsl.hypergradient import FirstOrder, Unrolled
 from dartsl.interop import official_state_dict
 from dartsl.modules import SearchModule, TrainModule
 from dartsl.networks import FinalNetwork, Supernet
+from dartsl.processes import RANK_VARIABLES, _free_port, processes
 from dartsl.search_space import SearchSpace
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +46,7 @@ HYPERGRADIENTS = {
     "finite_difference": Unrolled(),
     "exact": Unrolled("exact"),
 }
+KINDS = [*HYPERGRADIENTS, "train"]
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=3e-4)
 
 
@@ -77,40 +89,52 @@ class FixedStatistics(pl.Callback):
 class AllRanks(pl.Callback):
     """Keeps alphas (or nothing) and weights of every rank at the end of training."""
 
+    def __init__(self, path: str) -> None:
+        self.path = path
+
     def on_train_end(self, trainer, pl_module) -> None:
         mine = torch.cat([p.detach().flatten() for p in pl_module.parameters()])
         ranks = pl_module.all_gather(mine).view(trainer.world_size, -1)
         if trainer.is_global_zero:
-            torch.save(ranks, "ranks.pt")
+            torch.save(ranks, self.path)
 
 
-def make_module(kind: str) -> pl.LightningModule:
+def make_module(kind: str, num_classes: int = 3) -> pl.LightningModule:
     torch.manual_seed(1)
     if kind == "train":
         genotype = published("darts_v2")
-        network = FinalNetwork(genotype, 4, 3, num_classes=3, in_channels=1, auxiliary=False)
+        network = FinalNetwork(genotype, 4, 3, num_classes, in_channels=1, auxiliary=False)
         return TrainModule(network, SGD, drop_path_prob=0.0, gradient_clip=0.5)
-    supernet = Supernet(SPACE, channels=4, num_cells=3, num_classes=3, in_channels=1)
+    supernet = Supernet(SPACE, channels=4, num_cells=3, num_classes=num_classes, in_channels=1)
     adam = partial(torch.optim.Adam, lr=0.01, betas=(0.5, 0.999))
     return SearchModule(supernet, HYPERGRADIENTS[kind], SGD, adam, gradient_clip=0.5)
 
 
-def train(kind: str, processes: int, fixed_statistics: bool) -> None:
-    """Two epochs of three steps; writes ranks.pt."""
+def make_trainer(processes: int, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
     torch.set_num_threads(1)
-    module = make_module(kind)
     strategy = ReplicaStrategy(start_method="fork") if processes > 1 else "auto"
-    trainer = pl.Trainer(
-        max_epochs=2, accelerator="cpu", devices=processes, strategy=strategy,
-        precision="64-true", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0,
-        callbacks=[AllRanks()] + [FixedStatistics()] * fixed_statistics,
+    return pl.Trainer(
+        **{"max_epochs": 2, "precision": "64-true"} | options,
+        accelerator="cpu", devices=processes, strategy=strategy, callbacks=list(callbacks),
+        logger=False, enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
     )  # fmt: skip
-    trainer.fit(module, DataLoader(Shares(kind != "train"), batch_size=None))
 
 
-def in_own_process(call: str, folder: Path) -> None:
-    """Runs a call of a function of this file; stops it where it hangs."""
+def train() -> None:
+    """Two epochs of three steps of each kind; writes <kind>-<processes>.pt.
+
+    In 1, 2 and 3 processes with fixed statistics, and "own", in 2 with each one's own.
+    """
+    for kind, name in itertools.product(KINDS, ("1", "2", "3", "own")):
+        own = name == "own"
+        callbacks = [AllRanks(f"{kind}-{name}.pt"), *([] if own else [FixedStatistics()])]
+        trainer = make_trainer(2 if own else int(name), *callbacks)
+        trainer.fit(make_module(kind), DataLoader(Shares(kind != "train"), batch_size=None))
+
+
+def in_own_process(call: str, folder: Path) -> str:
+    """Runs a call of a function of this file, and stops it where it hangs; returns stderr."""
     folder.mkdir(exist_ok=True)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     name = call.split("(", maxsplit=1)[0]
@@ -119,21 +143,25 @@ def in_own_process(call: str, folder: Path) -> None:
         cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
 
 
-def ranks_after(kind: str, processes: int, fixed: bool, folder: Path) -> torch.Tensor:
-    in_own_process(f"train({kind!r}, {processes}, {fixed})", folder)
-    return torch.load(folder / "ranks.pt", weights_only=True)
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The parameters of all ranks, by the name of their file."""
+    folder = tmp_path_factory.mktemp("found")
+    in_own_process("train()", folder)
+    return {path.stem: torch.load(path, weights_only=True) for path in folder.glob("*.pt")}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [*HYPERGRADIENTS, "train"])
-def test_processes_find_what_one_finds(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_processes_find_what_one_finds(kind: str, found: dict[str, torch.Tensor]) -> None:
     """With normalisation in evaluation mode; the last batch is short and uneven."""
-    (alone,) = ranks_after(kind, 1, True, tmp_path / "1")
-    for processes in (2, 3):
-        ranks = ranks_after(kind, processes, True, tmp_path / str(processes))
-        assert len(ranks) == processes
+    (alone,) = found[f"{kind}-1"]
+    for number in (2, 3):
+        ranks = found[f"{kind}-{number}"]
+        assert len(ranks) == number
         for rank in ranks:
             assert torch.equal(rank, ranks[0])
             assert (rank - alone).abs().max() < 1e-10
@@ -142,37 +170,178 @@ def test_processes_find_what_one_finds(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["finite_difference", "train"])
-def test_processes_agree_bit_for_bit(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_processes_agree_bit_for_bit(kind: str, found: dict[str, torch.Tensor]) -> None:
     """With each process' own batch statistics."""
-    first, second = ranks_after(kind, 2, False, tmp_path)
+    first, second = found[f"{kind}-own"]
     assert torch.equal(first, second)
+    assert not torch.equal(first, found[f"{kind}-2"][0])
 
 
 def drift() -> None:
     """Two ranks, one of which has been tampered with; writes the error."""
 
     class Tamper(pl.Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-            if pl_module.global_rank == 1:
-                pl_module.supernet.arch_parameters()[0].data[0, 0] += 1e-12
+        def __init__(self, number: int) -> None:
+            self.number = number
 
-    torch.set_num_threads(1)
-    trainer = pl.Trainer(
-        max_epochs=1, accelerator="cpu", devices=2, strategy=ReplicaStrategy(start_method="fork"),
-        precision="64-true", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[Tamper()],
-    )  # fmt: skip
-    try:
-        trainer.fit(make_module("first_order"), DataLoader(Shares(True), batch_size=None))
-    except Exception as error:
-        Path("error.txt").write_text(str(error))
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            supernet = pl_module.supernet
+            groups = (supernet.arch_parameters(), supernet.weight_parameters())
+            if pl_module.global_rank == 1:
+                groups[self.number][0].data.view(-1)[0] += 1e-12
+
+    for number, what in enumerate(("alphas", "weights")):
+        data = DataLoader(Shares(True), batch_size=None)
+        try:
+            make_trainer(2, Tamper(number)).fit(make_module("first_order"), data)
+        except Exception as error:
+            Path(f"{what}.txt").write_text(str(error))
 
 
 @pytest.mark.slow
 def test_a_search_whose_processes_drift_apart_stops(tmp_path: Path) -> None:
     in_own_process("drift()", tmp_path)
-    assert "the alphas differ from rank 0's" in (tmp_path / "error.txt").read_text()
+    for what in ("alphas", "weights"):
+        assert f"the {what} differ from rank 0's" in (tmp_path / f"{what}.txt").read_text()
+
+
+# Exchanges
+
+
+def exchange() -> None:
+    """What average, average_gradients, broadcast and check_replicas do in two processes."""
+    torch.set_num_threads(1)
+    torch.multiprocessing.start_processes(_exchange, (_free_port(),), 2, start_method="fork")
+
+
+def _exchange(rank: int, port: int) -> None:
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    # Types and memory layouts are kept.
+    image = torch.full((2, 3, 4, 5), float(rank)).to(memory_format=torch.channels_last)
+    number = torch.tensor([2.0 * rank], dtype=torch.float64)
+    means = average([image, number])
+    assert means[0].stride() == image.stride()
+    assert means[0].dtype == torch.float32
+    assert means[0].unique().tolist() == [0.5]
+    assert means[1] == 1
+    # Used by both, by one, by none; held constant.
+    parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(4)]
+    parameters[3].requires_grad_(False)
+    for parameter in parameters[: 2 - rank]:
+        parameter.grad = torch.full((2,), 1.0 + rank)
+    average_gradients(parameters)
+    assert parameters[0].grad.tolist() == [1.5, 1.5]
+    assert parameters[1].grad.tolist() == [0.5, 0.5]
+    assert parameters[2].grad is None
+    assert parameters[3].grad is None
+    # Types are sent apart; what is not a number is the same as itself.
+    tensors = [torch.tensor([float("nan"), rank]), torch.tensor(7 + rank), torch.ones(3)]
+    with pytest.raises(RuntimeError, match="In 1 of 2 processes the numbers differ"):
+        check_replicas(tensors, "numbers")
+    broadcast(tensors)
+    check_replicas(tensors, "numbers")
+    assert tensors[1] == 7
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_exchanges(tmp_path: Path) -> None:
+    in_own_process("exchange()", tmp_path)
+
+
+# Checkpoints and evaluation
+
+
+class SaveBatches(Checkpoint):
+    """Saves after every batch."""
+
+    def on_train_batch_end(self, trainer, *_: Any) -> None:
+        trainer.save_checkpoint(f"{trainer.global_step}.ckpt")
+
+
+class Logged(pl.Callback):
+    """Keeps what was logged of every epoch, and the network at the end."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.epochs: list[dict[str, float]] = []
+
+    def on_train_epoch_start(self, trainer, pl_module) -> None:
+        self.on_train_end(trainer, pl_module)
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        values = trainer.callback_metrics.items()
+        self.epochs.append({k: v.item() for k, v in values if not k.endswith("_step")})
+        if trainer.is_global_zero:
+            parameters = torch.cat([p.detach().flatten() for p in pl_module.parameters()])
+            torch.save((self.epochs, parameters), self.path)
+
+
+def on_digits(batch_size: int, **options: Any) -> Digits:
+    return Digits(
+        num_classes=10, in_channels=1, image_size=8, mean=[0.3], std=[0.4],
+        batch_size=batch_size, **options,
+    )  # fmt: skip
+
+
+def resume() -> None:
+    """Two epochs of four steps in two processes; resumed in two, in one, and in one too small."""
+
+    def fit(name: str, processes: int, batch_size: int, *callbacks, **options: Any) -> None:
+        callbacks = (Logged(f"{name}.pt"), FixedStatistics(), *callbacks)
+        # Lightning restores before it converts: a network of float32 would lose half of the bits.
+        module = make_module("first_order", num_classes=10).double()
+        data = on_digits(batch_size, max_images=29)
+        pl.seed_everything(0)
+        make_trainer(processes, *callbacks).fit(module, data, weights_only=True, **options)
+
+    fit("whole", 2, 4, SaveBatches())
+    fit("two", 2, 4, ckpt_path="2.ckpt")
+    fit("one", 1, 8, ckpt_path="2.ckpt")
+    try:
+        fit("refused", 1, 4, ckpt_path="2.ckpt")
+    except UserError as error:
+        Path("error.txt").write_text(str(error))
+
+
+@pytest.mark.slow
+def test_a_resume_within_an_epoch(tmp_path: Path) -> None:
+    """Its metrics are those of all processes, however many go on."""
+    in_own_process("resume()", tmp_path)
+    epochs, parameters = torch.load(tmp_path / "whole.pt", weights_only=True)
+    assert {"search/train_loss", "search/val_accuracy"} <= set(epochs[-1])
+    for name, tolerance in (("two", 0), ("one", 1e-10)):
+        epochs_resumed, resumed = torch.load(tmp_path / f"{name}.pt", weights_only=True)
+        assert (resumed - parameters).abs().max() <= tolerance
+        for found, expected in zip(epochs_resumed[-2:], epochs[-2:], strict=True):
+            assert found == pytest.approx(expected, rel=1e-6)
+    error = (tmp_path / "error.txt").read_text()
+    assert "batches of 8 images, these are of 4" in error
+
+
+def evaluate(processes: int, batch_size: int) -> None:
+    """Writes the test metrics."""
+
+    class Write(pl.Callback):
+        def on_test_end(self, trainer, pl_module) -> None:
+            if trainer.is_global_zero:
+                metrics = {k: v.item() for k, v in trainer.callback_metrics.items()}
+                torch.save(metrics, f"{processes}.pt")
+
+    module = make_module("train", num_classes=10)
+    data = on_digits(batch_size, task="train")
+    make_trainer(processes, Write()).test(module, data, verbose=False)
+
+
+@pytest.mark.slow
+def test_uneven_shares_are_evaluated_exactly(tmp_path: Path) -> None:
+    """359 images: rank 0 has a batch more than rank 1."""
+    in_own_process("evaluate(1, 359), evaluate(2, 179)", tmp_path)
+    alone, shared = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
+    assert shared == pytest.approx(alone, rel=1e-6)
+    assert shared["test/accuracy"] * 359 == pytest.approx(round(shared["test/accuracy"] * 359))
 
 
 # Data
@@ -229,6 +398,13 @@ def test_no_process_is_left_without_images() -> None:
         digits(0, 2, batch_size=1).train_dataloader()
 
 
+def test_every_process_evaluates_something() -> None:
+    data = digits(0, 3, task="train")
+    data.val_indices = np.arange(2)
+    with pytest.raises(UserError, match="2 images to validate or test on are too few for 3"):
+        data.val_dataloader()
+
+
 def test_a_share_keeps_images_and_draws_together() -> None:
     plan = Plan(torch.arange(5).numpy(), torch.arange(10).view(5, 2).numpy())
     share = plan.share(Shard(1, 2))
@@ -243,27 +419,85 @@ def test_one_process_exchanges_nothing() -> None:
     check_replicas(tensors, "tensors")
 
 
-# The command line
+# The processes of a run
+
+
+def launch(kind: str) -> None:
+    """A training of two processes, of which one may fail; writes what came of it."""
+    options = {"devices": 2, "strategy": ReplicaStrategy(), "max_epochs": 1, "logger": False}
+    trainer = pl.Trainer(
+        accelerator="cpu", enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, **options,
+    )  # fmt: skip
+    module = make_module("first_order").double()
+    failures = {"mistake": UserError("an unreadable image"), "bug": ZeroDivisionError()}
+
+    def fail(*_: Any) -> None:
+        if module.global_rank == 1 and kind in failures:
+            raise failures[kind]
+
+    module.on_train_start = fail
+    try:
+        with processes(trainer, launch, kind):
+            trainer.fit(module, DataLoader(Shares(True), batch_size=None))
+    except UserError as error:
+        if module.global_rank > 0:
+            raise
+        Path(f"{kind}-error.txt").write_text(str(error))
+    if "LOCAL_RANK" not in os.environ:
+        names = [name for name in RANK_VARIABLES if name in os.environ]
+        Path(f"{kind}.txt").write_text(f"{names} {dist.is_initialized()}")
 
 
 @pytest.mark.slow
-def test_a_command_with_two_processes(tmp_path: Path) -> None:
-    command = [
-        sys.executable, str(ROOT / "run.py"), "experiment=search_digits", "hardware=ddp_cpu",
-        "data.max_images=40", "data.batch_size=8", "supernet.channels=4", "trainer.max_epochs=1",
-    ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    options: dict[str, Any] = {
-        "cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 180,
-    }  # fmt: skip
-    done = subprocess.run([*command, "hydra.run.dir=here"], **options, check=False)
+def test_the_processes_of_a_run_end_with_it(tmp_path: Path) -> None:
+    """In turn: one that goes well, and two in which rank 1 fails."""
+    said = in_own_process("launch('fine'), launch('mistake'), launch('bug')", tmp_path)
+    assert not (tmp_path / "fine-error.txt").exists()
+    for kind in ("mistake", "bug"):
+        error = (tmp_path / f"{kind}-error.txt").read_text()
+        assert error.startswith("The process of rank 1 stopped with status 1")
+    assert "Error: an unreadable image" in said
+    assert "ZeroDivisionError" in said
+    for kind in ("fine", "mistake", "bug"):
+        assert (tmp_path / f"{kind}.txt").read_text() == "['OMP_NUM_THREADS'] False"
+
+
+# The command line
+
+TINY = ("hardware=ddp_cpu", "data.max_images=40", "trainer.max_epochs=1", "print_config=false")
+
+
+def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), *arguments], cwd=folder, timeout=180, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_sweep_with_two_processes_a_job(tmp_path: Path) -> None:
+    """Each job runs once, in its own folder, and a folder is not used twice."""
+    search = ("experiment=search_digits", *TINY, "data.batch_size=8", "supernet.channels=4")
+    done = command(tmp_path, "-m", *search, "seed=0,1", "hydra.sweep.dir=here")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("Genotype: here/genotype.yaml") == 1
-    assert done.stdout.count("epoch   1/1") == 1
-    assert len(Genotype.load(tmp_path / "here" / "genotype.yaml").normal) == 8
-    again = subprocess.run([*command, "hydra.run.dir=here"], **options, check=False)
+    assert done.stdout.count("epoch   1/1") == 2
+    for job in ("0", "1"):
+        assert done.stdout.count(f"Genotype: here/{job}/genotype.yaml") == 1
+        assert len(Genotype.load(tmp_path / "here" / job / "genotype.yaml").normal) == 8
+    assert sorted(path.name for path in tmp_path.rglob("last.ckpt*")) == ["last.ckpt"] * 2
+    again = command(tmp_path, *search, "hydra.run.dir=here/0")
     assert again.returncode == 1
     assert "holds a run already" in again.stderr
+
+
+@pytest.mark.slow
+def test_the_quick_start_with_two_processes(tmp_path: Path) -> None:
+    done = command(tmp_path, *TINY, "hydra.run.dir=here")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("epoch   1/1") == 2
+    assert done.stdout.count("Test accuracy") == 1
+    assert len(list((tmp_path / "here").rglob("last.ckpt"))) == 2
 
 
 def test_state_dict_of_one_process_is_untouched() -> None:
