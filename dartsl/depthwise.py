@@ -5,7 +5,8 @@ Shapes: B images, C channels, H x W pixels, K x K kernel (K odd), o outputs.
 oneDNN's gradients of depthwise convolutions are 5 to 20 times slower than its forward pass, unless
 the kernel is at most 3 wide and not dilated. Both gradients can be written in terms of those that
 are fast, and nothing is approximated. The formulas are made of differentiable functions, so that
-the gradients can be differentiated again (the exact product of `dartsl.hypergradient`).
+the gradients can be differentiated again (the exact product of `dartsl.hypergradient`). Where they
+need not be, and this machine has a compiler, the weight gradient is `dartsl.native`'s.
 """
 
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dartsl import native
 
 FAST_WIDTH = 3  # of a kernel, for oneDNN's weight gradient
 
@@ -86,7 +89,8 @@ def input_gradient(
     y[o] = sum_j w[j] x[o + j] gives dL/dx[i] = sum_j w[j] g[i - j].
     """
     if stride == 1:
-        return DepthwiseConvolution.apply(gradient, weight.flip(2, 3), 1, dilation)
+        convolve = DepthwiseConvolution.apply if torch.is_grad_enabled() else _convolve
+        return convolve(gradient, weight.flip(2, 3), 1, dilation)
     return _native_gradients(gradient, x, weight, stride, dilation, wanted=(True, False))[0]
 
 
@@ -100,6 +104,9 @@ def weight_gradient(
     3 has its columns taken three at a time: each three are the gradient of a K x 3 kernel on x
     shifted along the width.
     """
+    native_is_faster = dilation == 2 or weight.shape[-1] > FAST_WIDTH
+    if native_is_faster and not torch.is_grad_enabled() and native.can_weigh(x, weight):
+        return native.weight_gradient(gradient, x, weight, stride, dilation)
     if dilation == 2:
         gradient, x = _parity_phases(gradient), _parity_phases(x)
     size = weight.shape[-1]

@@ -37,6 +37,8 @@ from dartsl.errors import UserError, unknown
 from dartsl.genotype import Genotype
 from dartsl.interop import load_official_network
 from dartsl.modules.resumable import check_same_tensors
+from dartsl.networks import FinalNetwork, Supernet
+from dartsl.networks.regions import compile_regions
 from dartsl.processes import processes
 from dartsl.visualize import draw_genotype, save_figure
 
@@ -50,6 +52,7 @@ def search(cfg: DictConfig) -> float | None:
     module = build(cfg.module)(supernet=supernet)
     cfg.ckpt_path = find_checkpoint(cfg)
     with running(cfg) as (trainer, data):
+        compile_network(cfg, trainer, module.supernet, getattr(module.hypergradient, "product", ""))
         trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
     if is_first_process():
         report_genotype(cfg)
@@ -67,6 +70,7 @@ def train(cfg: DictConfig) -> float | None:
     module = build(cfg.module)(network=network)
     cfg.ckpt_path = find_checkpoint(cfg)
     with running(cfg) as (trainer, data):
+        compile_network(cfg, trainer, module.network)
         trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
         validation = metric(trainer, "train/val_accuracy")
         trainer.test(module, datamodule=data, verbose=False)
@@ -172,6 +176,19 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
             f"This machine cannot run with these settings: {error} "
             "hardware=auto takes what there is."
         ) from error
+
+
+def compile_network(
+    cfg: DictConfig, trainer: pl.Trainer, network: Supernet | FinalNetwork, product: str = ""
+) -> None:
+    """Have the network's operations compiled if the config asks for it, and if they can be."""
+    if cfg.hardware.compile is None:
+        return
+    if product == "exact":
+        log.warning("What torch.compile makes is not differentiated twice: this runs uncompiled.")
+        return
+    device = trainer.strategy.root_device
+    compile_regions(network.regions(), cfg.hardware.compile, device)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ Shapes: B images, C channels, H x W pixels.
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from dartsl.errors import unknown
 from dartsl.genotype import Edge, Genotype
 from dartsl.networks.layout import check_sizes, preprocess_previous_previous, reduction_cells
+from dartsl.networks.regions import recomputed
 from dartsl.operations import OPERATIONS, ReLUConvBN, drop_path
 
 
@@ -115,6 +117,7 @@ class FinalNetwork(nn.Module):
         in_channels: of the images.
         stem: "cifar" keeps the size, "imagenet" divides it by 8.
         auxiliary: whether to build the auxiliary head.
+        recompute: whether the backward pass computes cells again, to save memory.
 
     Attributes:
         drop_path_prob: probability of drop path in training; the training's schedule sets it.
@@ -132,6 +135,7 @@ class FinalNetwork(nn.Module):
         in_channels: int = 3,
         stem: str = "cifar",
         auxiliary: bool = True,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         check_sizes(
@@ -145,6 +149,7 @@ class FinalNetwork(nn.Module):
                 raise unknown("primitive", primitive, OPERATIONS)
         self.genotype = genotype
         self.drop_path_prob = 0.0
+        self.recompute = recompute
         self.stem_name = stem
         width, reduction_prev = self._build_stem(stem, in_channels, channels)
         reductions = reduction_cells(num_cells)
@@ -166,6 +171,12 @@ class FinalNetwork(nn.Module):
             AuxiliaryHead(auxiliary_channels, num_classes, stem) if auxiliary else None
         )
         self.classifier = nn.Linear(channels_prev, num_classes)
+        self.to(memory_format=torch.channels_last)
+
+    def regions(self) -> list[nn.Module]:
+        """What `compile_regions` compiles: the operations that compute anything."""
+        operations = [op for cell in self.cells for op in cast(Cell, cell).operations]
+        return [op for op in operations if not isinstance(op, nn.Identity)]
 
     def _build_stem(self, stem: str, in_channels: int, channels: int) -> tuple[int, bool]:
         """Build the stem; returns its channels and whether cell 0 follows a reduction."""
@@ -207,9 +218,10 @@ class FinalNetwork(nn.Module):
         """
         drop_path_prob = self.drop_path_prob if self.training else 0.0
         auxiliary_logits = None
-        s0, s1 = self._stem(x)
+        s0, s1 = self._stem(x.contiguous(memory_format=torch.channels_last))
         for index, cell in enumerate(self.cells):
-            s0, s1 = s1, cell(s0, s1, drop_path_prob)
+            inputs = s0, s1, drop_path_prob
+            s0, s1 = s1, recomputed(cell, *inputs) if self.recompute else cell(*inputs)
             if index == self.auxiliary_cell and self.auxiliary_head is not None and self.training:
                 auxiliary_logits = self.auxiliary_head(s1)
         return self.classifier(F.adaptive_avg_pool2d(s1, 1).flatten(1)), auxiliary_logits

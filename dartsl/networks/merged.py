@@ -69,19 +69,6 @@ class MergedBatchNorm(nn.Module):
             self.eps,
         )
 
-    def forward_shared(self, x: Tensor) -> Tensor:
-        """Normalize one x [B, C, H, W] that all k edges share, in training.
-
-        Its batch statistics are the same on every edge. Each edge's running ones follow them.
-        """
-        mean, var = x.new_zeros(2, x.shape[1], dtype=self.running_mean.dtype).unbind()
-        normalized = F.batch_norm(x, mean, var, training=True, momentum=1.0, eps=self.eps)
-        by_edge = [s.view(-1, x.shape[1]) for s in (self.running_mean, self.running_var)]
-        with torch.no_grad():
-            ends = [s.expand_as(by_edge[0]) for s in (mean, var)]
-            torch._foreach_lerp_(by_edge, ends, self.momentum)
-        return normalized
-
 
 class MergedChain(nn.Sequential):
     """k copies of a chain (see `is_chain`) as one chain over k C channels."""
@@ -137,15 +124,31 @@ class NormalizedPool(ReadsSource, nn.Sequential):
     def __init__(self, pool: Pool, channels: int, num_edges: int) -> None:
         super().__init__(pool, MergedBatchNorm(channels * num_edges, num_edges))
 
-    def shared_map(self, x: Tensor) -> Tensor:
-        """In training, the map [B, C, H', W'] of x [B, C, H, W] that is the same on all edges."""
-        pool, norm = cast(tuple[Pool, MergedBatchNorm], tuple(self))
-        return norm.forward_shared(pool(x))
-
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:  # type: ignore[override]
         """In evaluation, by each edge's running statistics: [B, k C, H', W']; weights [k C]."""
         pool, norm = self
         return norm(pool(x).repeat(1, len(weights) // x.shape[1], 1, 1), weights)
+
+
+def normalized_pools(pools: Sequence[NormalizedPool], x: Tensor) -> list[Tensor]:
+    """In training, each pool's map of x [B, C, H, W] that is the same on all edges: [B, C, H', W'].
+
+    So are its batch statistics, which each edge's running ones follow. The pools are normalized in
+    one go, as BatchNorm acts on every channel alone.
+    """
+    if not pools:
+        return []
+    norms = [cast(MergedBatchNorm, norm) for _, norm in pools]
+    maps = torch.cat([pool(x) for pool, _ in pools], dim=1)
+    mean, var = maps.new_zeros(2, maps.shape[1], dtype=norms[0].running_mean.dtype).unbind()
+    normalized = F.batch_norm(maps, mean, var, training=True, momentum=1.0, eps=norms[0].eps)
+    running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
+    by_edge = [statistic.view(-1, x.shape[1]) for statistic in running]
+    batch = [*mean.split(x.shape[1]), *var.split(x.shape[1])]
+    with torch.no_grad():
+        ends = [statistic.expand_as(by_edge[0]) for statistic in batch]
+        torch._foreach_lerp_(by_edge, ends, norms[0].momentum)
+    return list(normalized.chunk(len(pools), dim=1))
 
 
 class PerEdge(ReadsSource, nn.ModuleList):

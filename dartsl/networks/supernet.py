@@ -4,7 +4,6 @@ Shapes: B images, C channels, H x W pixels, E edges of a cell (14), P primitives
 """
 
 import copy
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
@@ -14,7 +13,14 @@ from torch import Tensor, nn
 
 from dartsl.genotype import Genotype
 from dartsl.networks.layout import check_sizes, preprocess_previous_previous, reduction_cells
-from dartsl.networks.merged import MergedBatchNorm, NormalizedPool, ReadsSource, merged_operation
+from dartsl.networks.merged import (
+    MergedBatchNorm,
+    NormalizedPool,
+    ReadsSource,
+    merged_operation,
+    normalized_pools,
+)
+from dartsl.networks.regions import recomputed
 from dartsl.networks.relaxation import Softmax
 from dartsl.operations import ReLUConvBN, Zero
 from dartsl.search_space import CELL_KINDS, SearchSpace, discretize
@@ -58,21 +64,20 @@ class MixedOperation(nn.Module):
         Returns:
             k outputs [B, C, ceil(H / stride), ceil(W / stride)].
         """
-        shared: list[tuple[Tensor, Tensor]] = []
-        merged: list[tuple[nn.Module, Tensor]] = []
-        for operation, column in zip(self.operations, weights.unbind(1), strict=True):
-            if isinstance(operation, nn.Identity):
-                shared.append((x, column))
-            elif isinstance(operation, NormalizedPool) and self.training:
-                shared.append((operation.shared_map(x), column))
-            elif not isinstance(operation, Zero):
-                # 'none' adds exactly 0, its weight has gradient 0: it acts through Eq. 2 alone.
-                merged.append((operation, column))
+        weights_of = dict(zip(self.operations, weights.unbind(1), strict=True))
+        skips = [op for op in weights_of if isinstance(op, nn.Identity)]
+        pools = [op for op in weights_of if isinstance(op, NormalizedPool) and self.training]
+        # 'none' adds exactly 0, its weight has gradient 0: it acts through Eq. 2 alone.
+        others = [op for op in weights_of if not isinstance(op, Zero) and op not in skips + pools]
         # Of every edge: from the maps that all edges share, and from operations of its own.
-        terms = [weigh_maps(*zip(*shared, strict=True))] if shared else []
-        if merged:
+        terms: list[Sequence[Tensor]] = []
+        if skips or pools:
+            maps = [x] * len(skips) + normalized_pools(pools, x)
+            terms.append(weigh_maps(maps, [weights_of[op] for op in skips + pools]))
+        if others:
+            merged = self._merged_sum(x, others, [weights_of[op] for op in others])
             # Chunks, not one sum over all edges: their gradients come back in channels_last.
-            terms.append(self._merged_sum(x, *zip(*merged, strict=True)).chunk(self.num_edges, 1))
+            terms.append(merged.chunk(self.num_edges, dim=1))
         return [_sum(of_edge) for of_edge in zip(*terms, strict=True)]
 
     def _merged_sum(
@@ -105,7 +110,13 @@ def weigh_maps(maps: Sequence[Tensor], columns: Sequence[Tensor]) -> tuple[Tenso
 
 
 def _sum(terms: Iterable[Tensor]) -> Tensor:
-    return functools.reduce(torch.add, terms)
+    first, *rest = terms
+    if not rest:
+        return first
+    total = first + rest[0]
+    for term in rest[1:]:
+        total += term  # in place: nobody else has seen the partial sum
+    return total
 
 
 class SearchCell(nn.Module):
@@ -180,6 +191,7 @@ class Supernet(nn.Module):
         relaxation: alpha -> edge weights; each kind of cell gets a copy of its own.
         mixed_operation: factory(channels, stride, primitives, num_edges) of what the edges that
             leave a node compute.
+        recompute: whether the backward pass computes cells again, to save memory.
 
     Raises:
         UserError: for a size below 1.
@@ -196,6 +208,7 @@ class Supernet(nn.Module):
         relaxation: nn.Module | None = None,
         *,
         mixed_operation: MixedOperationFactory = MixedOperation,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         check_sizes(
@@ -206,6 +219,7 @@ class Supernet(nn.Module):
             stem_multiplier=stem_multiplier,
         )
         self.space = space
+        self.recompute = recompute
         shape = (len(space.edges), len(space.primitives))
         self.alphas = nn.ParameterDict(
             {kind: nn.Parameter(ALPHA_INIT_STD * torch.randn(shape)) for kind in CELL_KINDS}
@@ -248,9 +262,14 @@ class Supernet(nn.Module):
         # Two cells read every output, both through a ReLU: it is taken once.
         s0 = s1 = F.relu(output)
         for cell in self.cells:
-            output = cell(s0, s1, weights[cast(SearchCell, cell).kind])
+            inputs = s0, s1, weights[cast(SearchCell, cell).kind]
+            output = recomputed(cell, *inputs) if self.recompute else cell(*inputs)
             s0, s1 = s1, F.relu(output)
         return self.classifier(F.adaptive_avg_pool2d(output, 1).flatten(1))
+
+    def regions(self) -> list[nn.Module]:
+        """What `compile_regions` compiles: the mixed operations."""
+        return [mixed for cell in self.cells for mixed in cast(SearchCell, cell).sources]
 
     def arch_parameters(self) -> list[nn.Parameter]:
         """Raw alpha [E, P] of the normal and the reduction cell, then the relaxation's own."""
