@@ -11,37 +11,67 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def search_step(folder: Path, *arguments: str) -> dict:
+SMALL = ("--batch-size=2", "--channels=4", "--cells=3", "--image-size=8", "--repeats=1")
+
+
+def run(script: str, folder: Path, *arguments: str) -> dict:
     report = folder / "report.json"
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "search_step.py", "--json", report, *arguments],
+        [sys.executable, ROOT / "benchmarks" / script, "--json", report, *arguments],
         cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
         timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     content = json.loads(report.read_text())
-    for row in content["rows"]:
-        assert row in done.stdout
+    assert {"hardware", "threads", "torch", "commit"} <= set(content["surroundings"])
+    for row in content.get("rows", ()):
+        assert (row["axis"] if isinstance(row, dict) else row) in done.stdout
     return content
 
 
 @pytest.mark.slow
 def test_a_search_step_beside_the_literal_one(tmp_path: Path) -> None:
-    small = ("--batch-size=2", "--channels=4", "--cells=3", "--image-size=8", "--repeats=1")
-    report = search_step(tmp_path, *small, "--unrolled")
+    report = run("search_step.py", tmp_path, *SMALL, "--unrolled")
     assert report["models"] == ["literal", "dartsl"]
     assert set(report["rows"]) == {
         "one pass (ms)", "first-order step (ms)", "unrolled step (ms)", "operators a pass",
         "saved activations (MB/image)",
     }  # fmt: skip
     assert all(value > 0 for row in report["rows"].values() for value in row.values())
-    assert {"hardware", "threads", "torch", "commit"} <= set(report["surroundings"])
 
 
 @pytest.mark.slow
 def test_the_full_size_supernet_keeps_within_its_counts(tmp_path: Path) -> None:
     """Counts, not times: operators of a forward and backward pass, bytes kept in between."""
     once = ("--batch-size=2", "--repeats=1", "--warm-up=0", "--only=dartsl")
-    rows = search_step(tmp_path, *once)["rows"]
+    rows = run("search_step.py", tmp_path, *once)["rows"]
     assert rows["operators a pass"]["dartsl"] <= 5_000
     assert rows["saved activations (MB/image)"]["dartsl"] <= 75
+    rows = run("search_step.py", tmp_path, *once, "--recompute")["rows"]
+    assert rows["saved activations (MB/image)"]["dartsl"] <= 10
+
+
+@pytest.mark.slow
+def test_a_training_step_beside_the_literal_one(tmp_path: Path) -> None:
+    rows = run("train_step.py", tmp_path, *SMALL, "--recompute")["rows"]
+    assert set(rows) == {"step (ms)", "operators a step", "saved activations (MB/image)"}
+    kept = rows["saved activations (MB/image)"]
+    assert kept["dartsl"] < kept["literal"]
+
+
+@pytest.mark.slow
+def test_growth_with_the_batch(tmp_path: Path) -> None:
+    picture = tmp_path / "growth.png"
+    small = ("--axes", "batch_size", "--channels=2", "--cells=2", "--image-size=4", "--repeats=1")
+    rows = run("growth.py", tmp_path, *small, "--plot", str(picture))["rows"]
+    assert [row["value"] for row in rows] == [16, 32, 64, 128]
+    kept = [row["saved activations (MB)"] for row in rows]
+    assert kept[3] == pytest.approx(8 * kept[0], rel=0.05)
+    assert picture.stat().st_size > 1_000
+
+
+@pytest.mark.slow
+def test_batches_come_in_every_way(tmp_path: Path) -> None:
+    few = ("--images=256", "--batch-size=16", "--workers", "0", "1", "--repeats=2")
+    report = run("data.py", tmp_path, *few)
+    assert len(report["milliseconds a batch"]) == 3

@@ -463,6 +463,23 @@ def test_help_lists_every_group(command: Command) -> None:
 
 
 @pytest.mark.slow
+def test_compiled_and_computed_twice(command: Command) -> None:
+    """Small operations, as every size and choice of gradients is compiled."""
+    tiny = (
+        "search_space.primitives=[none,skip_connect]", "search_space.num_intermediate_nodes=1",
+        "supernet.num_cells=1", "supernet.channels=2", "debug=fast_dev_run",
+        "method=darts_first_order",
+    )  # fmt: skip
+    options = ("hardware.compile=default", "hardware.recompute=true")
+    done = command("experiment=search_digits", *tiny, *options)
+    assert done.code == 0, done.error
+    assert "uncompiled" not in done.error
+    exact = command("experiment=search_digits", *tiny[:-1], "method=darts_unrolled_exact", *options)
+    assert exact.code == 0, exact.error
+    assert "uncompiled" in exact.out + exact.error
+
+
+@pytest.mark.slow
 def test_the_config_is_shown_and_kept(command: Command) -> None:
     result = command("experiment=search_digits", *ON_DIGITS, *SMALL_SEARCH, "hydra.run.dir=here")
     assert result.out.startswith("config\n")

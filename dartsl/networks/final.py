@@ -171,7 +171,8 @@ class FinalNetwork(nn.Module):
             AuxiliaryHead(auxiliary_channels, num_classes, stem) if auxiliary else None
         )
         self.classifier = nn.Linear(channels_prev, num_classes)
-        self.to(memory_format=torch.channels_last)
+        self.memory_format = torch.channels_last
+        self.to(memory_format=self.memory_format)
 
     def regions(self) -> list[nn.Module]:
         """What `compile_regions` compiles: the operations that compute anything."""
@@ -218,7 +219,7 @@ class FinalNetwork(nn.Module):
         """
         drop_path_prob = self.drop_path_prob if self.training else 0.0
         auxiliary_logits = None
-        s0, s1 = self._stem(x.contiguous(memory_format=torch.channels_last))
+        s0, s1 = self._stem(x.contiguous(memory_format=self.memory_format))
         for index, cell in enumerate(self.cells):
             inputs = s0, s1, drop_path_prob
             s0, s1 = s1, recomputed(cell, *inputs) if self.recompute else cell(*inputs)

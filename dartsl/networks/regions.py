@@ -71,7 +71,7 @@ def recomputed(cell: nn.Module, *inputs: Any) -> Tensor:
 
 
 class _Unchanged:
-    """Within: buffers may change; after: they are as before. Entered once for each backward pass."""
+    """Within: buffers may change; after: they are as before. Entered in every backward pass."""
 
     def __init__(self, buffers: Iterable[Tensor]) -> None:
         # Beside autograd, which would take the change for one of what it has kept.
