@@ -110,7 +110,7 @@ class Ours:
             buffers=list(self.network.buffers()),
         )
         hypergradient: Hypergradient = Unrolled() if unrolled else FirstOrder()
-        for alpha, gradient in zip(self.alphas, hypergradient(problem).gradients, strict=True):
+        for alpha, gradient in zip(self.alphas, hypergradient(problem), strict=True):
             alpha.grad = gradient
         self.arch_optimizer.step()
         self.optimizer.zero_grad()

@@ -14,7 +14,7 @@ for bit; no model is copied.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -54,29 +54,20 @@ class BilevelProblem:
     average: Average = list
 
 
-class AlphaGradient(NamedTuple):
-    """Gradients of the alphas, in their order, and the validation loss they were taken at."""
-
-    gradients: Tensors
-    val_loss: Tensor
-
-
 class Hypergradient(Protocol):
     """From a bilevel problem to the gradient of alpha."""
 
-    def __call__(self, problem: BilevelProblem) -> AlphaGradient:
-        """The gradient of alpha; weights and alphas are left as they were."""
+    def __call__(self, problem: BilevelProblem) -> Tensors:
+        """Gradients of the alphas, in their order; weights and alphas are left as they were."""
 
 
 class FirstOrder:
     """xi = 0: the present weights stand for the optimal ones (section 2.3)."""
 
-    def __call__(self, problem: BilevelProblem) -> AlphaGradient:
+    def __call__(self, problem: BilevelProblem) -> Tensors:
         """grad_alpha L_val(w, alpha)."""
         with held_constant(problem.weights):
-            loss = problem.val_loss()
-            gradients = _gradients(loss, problem.alphas, problem.average)
-            return AlphaGradient(gradients, loss.detach())
+            return _gradients(problem.val_loss(), problem.alphas, problem.average)
 
 
 class Unrolled:
@@ -104,14 +95,13 @@ class Unrolled:
         self.product = product
         self.epsilon_scale = epsilon_scale
 
-    def __call__(self, problem: BilevelProblem) -> AlphaGradient:
+    def __call__(self, problem: BilevelProblem) -> Tensors:
         """grad_alpha L_val(w', alpha) - xi * product (Eq. 7)."""
         weights, alphas = problem.weights, problem.alphas
         with held_constant(alphas):
             gradients = _gradients(problem.train_loss(), weights, problem.average)
         with virtual_weights(problem, problem.virtual_direction(gradients)):
-            loss = problem.val_loss()
-            both = _gradients(loss, [*alphas, *weights], problem.average)
+            both = _gradients(problem.val_loss(), [*alphas, *weights], problem.average)
         direct, vector = both[: len(alphas)], both[len(alphas) :]
         if self.product == "exact":
             product = exact_product(problem.train_loss, weights, alphas, vector, problem.average)
@@ -119,9 +109,7 @@ class Unrolled:
             product = finite_difference_product(
                 problem.train_loss, weights, alphas, vector, self.epsilon_scale, problem.average
             )
-        return AlphaGradient(
-            list(torch._foreach_add(direct, product, alpha=-problem.xi)), loss.detach()
-        )
+        return list(torch._foreach_add(direct, product, alpha=-problem.xi))
 
 
 @contextmanager

@@ -75,3 +75,12 @@ def test_batches_come_in_every_way(tmp_path: Path) -> None:
     few = ("--images=256", "--batch-size=16", "--workers", "0", "1", "--repeats=2")
     report = run("data.py", tmp_path, *few)
     assert len(report["milliseconds a batch"]) == 3
+
+
+@pytest.mark.slow
+def test_the_two_products_in_every_precision(tmp_path: Path) -> None:
+    small = ("--channels=2", "--cells=3", "--image-size=8", "--batch-size=4")
+    rows = run("products.py", tmp_path, *small)["rows"]
+    assert rows["exact, 32 bits"]["cosine to exact"] > 0.99
+    assert rows["finite difference, 32 bits"]["cosine to difference"] > 0.99
+    assert len(rows) == 10

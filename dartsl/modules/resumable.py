@@ -28,8 +28,9 @@ class EpochMetrics(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.loss = MeanMetric()
-        self.accuracy = MeanMetric()
+        # Without torchmetrics' search for NaN, which makes a GPU wait at every step.
+        self.loss = MeanMetric(nan_strategy="disable")
+        self.accuracy = MeanMetric(nan_strategy="disable")
         for metric in (self.loss, self.accuracy):
             metric.persistent(True)
 
@@ -93,7 +94,7 @@ class ResumableModule(pl.LightningModule):
                 group["lr"] = self.schedule(self.current_epoch)
         assert self.step_seed is not None
         rank_and_step = (self.global_rank << 40) + self.global_step
-        torch.manual_seed(self.step_seed * 2**31 + rank_and_step & 2**63 - 1)
+        torch.manual_seed((self.step_seed * 2**31 + rank_and_step) & (2**63 - 1))
 
     def share(self, y: Tensor) -> Tensor | float:
         """What a loss over these labels weighs in the mean over all processes."""

@@ -94,7 +94,7 @@ class SearchModule(ResumableModule):
 
     def alpha_step(self, train: Batch, val: Batch) -> None:
         """Line 1 of Algorithm 1."""
-        gradients, _ = self.hypergradient(self.bilevel_problem(train, val))
+        gradients = self.hypergradient(self.bilevel_problem(train, val))
         for alpha, gradient in zip(self.supernet.arch_parameters(), gradients, strict=True):
             alpha.grad = gradient
         if self.loss_scale() is not None and not all(g.isfinite().all() for g in gradients):

@@ -3,8 +3,8 @@
 Shapes: B images, C channels, H x W pixels, K x K kernel.
 
 `depthwise.c` has no headers but the C library's, so that any `cc` builds it in seconds, when it is
-first used; the result is kept in the user's cache. Where there is no compiler, or with DARTSL_NATIVE=0, dartsl does
-without it, with the same results up to rounding.
+first used; the result is kept in the user's cache. Where there is no compiler, or with
+DARTSL_NATIVE=0, dartsl does without it, with the same results up to rounding.
 """
 
 import ctypes
