@@ -82,6 +82,15 @@ def share_of(count: int, device: torch.device) -> Tensor | float:
     return count * world_size() / total
 
 
+def largest(numbers: Sequence[int], device: torch.device) -> list[int]:
+    """The largest of each number in any process, the same in all; a GPU waits for it."""
+    if world_size() == 1:
+        return list(numbers)
+    tensor = torch.tensor(numbers, device=device, dtype=torch.long)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
 def total(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The sums of tensors over all processes, in one exchange."""
     if world_size() == 1 or not tensors:

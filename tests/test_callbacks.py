@@ -10,7 +10,8 @@ import pytorch_lightning as pl
 import torch
 
 from dartsl import callbacks
-from dartsl.callbacks import AtomicCheckpoint, CollapseWarning, EpochLines, GenotypeWriter
+from dartsl.callbacks import CollapseWarning, EpochLines, GenotypeWriter
+from dartsl.checkpoints import AtomicCheckpoint
 from dartsl.data import Digits
 from dartsl.genotype import Genotype
 from dartsl.hypergradient import FirstOrder

@@ -259,7 +259,7 @@ def test_a_run_is_not_written_over(command: Command) -> None:
     before = Path("here/genotype.yaml").stat().st_mtime_ns
     again = command(*search)
     assert again.code == 1
-    assert "holds a run already: go on with it by ckpt_path=last" in again.error
+    assert "holds a run already: go on with it by resume=auto" in again.error
     assert Path("here/genotype.yaml").stat().st_mtime_ns == before
 
 
@@ -420,7 +420,7 @@ experiment=evaluate genotype=darts_v2 ckpt_path=no.pt
 experiment=draw
     No genotype
 ckpt_path=last
-    The quick start does not resume
+    The quick start is two runs
 """
 
 
