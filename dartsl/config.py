@@ -168,7 +168,7 @@ def find_mistake(error: BaseException | None, groups: Iterable[str]) -> UserErro
 FREE_KEYS = (
     "resume", "print_config", "output_dir", "next_experiment", "threads", "callbacks", "logger",
     "data.num_workers", "trainer.accelerator", "trainer.devices", "trainer.num_nodes",
-    "trainer.strategy", "trainer.log_every_n_steps", "trainer.profiler",
+    "trainer.strategy", "trainer.log_every_n_steps", "trainer.profiler", "trainer.default_root_dir",
     "trainer.enable_model_summary", "trainer.num_sanity_val_steps",
 )  # fmt: skip
 
