@@ -45,3 +45,20 @@ def test_the_full_size_supernet_keeps_within_its_counts(tmp_path: Path) -> None:
     rows = search_step(tmp_path, *once)["rows"]
     assert rows["operators a pass"]["dartsl"] <= 5_000
     assert rows["saved activations (MB/image)"]["dartsl"] <= 75
+
+
+@pytest.mark.slow
+def test_killed_runs_end_as_if_they_had_not_been(tmp_path: Path) -> None:
+    """A handful of what the long form does by the hundred."""
+    report = tmp_path / "report.json"
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "kill_and_resume.py", "--kills=4", "--seed=1",
+         "--cases", "search", "training in two processes", "--json", report],
+        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    cases = json.loads(report.read_text())
+    assert [case["kills"] for case in cases] == [2, 2]
+    assert [case["differences"] for case in cases] == [[], []]
+    assert sum(sum(case["killed_in"].values()) for case in cases) == 4
