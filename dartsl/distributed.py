@@ -91,13 +91,14 @@ def largest(numbers: Sequence[int], device: torch.device) -> list[int]:
     return tensor.tolist()
 
 
-def total(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The sums of tensors over all processes, in one exchange."""
+def gather(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The tensors of every process in the order of their ranks, in one exchange."""
     if world_size() == 1 or not tensors:
-        return [tensor.clone() for tensor in tensors]
+        return [[tensor.clone() for tensor in tensors]]
     flat = _flatten(tensors)
-    dist.all_reduce(flat)
-    return _unflatten(flat, tensors)
+    parts = [torch.empty_like(flat) for _ in range(world_size())]
+    dist.all_gather(parts, flat)
+    return [_unflatten(part, tensors) for part in parts]
 
 
 @torch.no_grad()

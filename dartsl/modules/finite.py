@@ -28,9 +28,12 @@ class FiniteSteps:
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         counts = torch.zeros(2, dtype=torch.long, device=self.parameters[0].device)
         self.skipped, self.in_a_row = counts.unbind()
-        self.fused = all(group.get("fused") for group in optimizer.param_groups)
-        if self.fused:
+        if self.is_fused():
             prepare_fused(optimizer)
+
+    def is_fused(self) -> bool:
+        """Whether one kernel updates all parameters; a checkpoint may bring another answer."""
+        return all(group.get("fused") for group in self.optimizer.param_groups)
 
     @torch.no_grad()
     def admit(self, norm: Tensor | None = None) -> None:
@@ -44,7 +47,7 @@ class FiniteSteps:
         bad = ~norm.isfinite().to(self.skipped.device)
         self.skipped += bad
         self.in_a_row.add_(1).mul_(bad)
-        if self.fused:
+        if self.is_fused():
             self.optimizer.grad_scale = None  # type: ignore[attr-defined]
             self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         elif bad:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from dartsl.distributed import average_gradients, broadcast, share_of, total
+from dartsl.distributed import average_gradients, broadcast, gather, share_of, world_size
 from dartsl.errors import UserError
 from dartsl.modules.finite import FiniteSteps, mend_statistics
 
@@ -151,7 +151,9 @@ class ResumableModule(pl.LightningModule):
         logged = self.trainer.callback_metrics
         checkpoint["metrics"] = {name: value.cpu() for name, value in logged.items()}
         metrics = self.epoch_metrics(checkpoint)
-        sums = total(list(metrics.values()))
+        parts = gather(list(metrics.values()))
+        checkpoint["epoch_metrics"] = [dict(zip(metrics, part, strict=True)) for part in parts]
+        sums = [torch.stack(values).sum(0) for values in zip(*parts, strict=True)]
         checkpoint["state_dict"].update(zip(metrics, sums, strict=True))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -165,7 +167,10 @@ class ResumableModule(pl.LightningModule):
         self._checkpoint = {
             k: checkpoint[k] for k in ("skipped_steps", "metrics") if k in checkpoint
         }
-        if self.global_rank > 0:  # rank 0 goes on with the metrics of all
+        parts = checkpoint.get("epoch_metrics", [])
+        if len(parts) == world_size():  # or sums would be rounded in another order
+            checkpoint["state_dict"].update(parts[self.global_rank])
+        elif self.global_rank > 0:  # rank 0 goes on with the metrics of all
             for name, value in self.epoch_metrics(checkpoint).items():
                 checkpoint["state_dict"][name] = torch.zeros_like(value)
         loops = checkpoint.get("loops", {}).get("fit_loop")
