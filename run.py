@@ -1,6 +1,7 @@
 """The command line: composes a config from conf/ and runs its task. README.md has the commands."""
 
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -44,6 +45,8 @@ def cli() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
         main()
+    except KeyboardInterrupt:  # before there is anything to save; later the run handles it
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
         exit_if_mistake(error)
         raise

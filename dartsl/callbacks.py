@@ -1,4 +1,4 @@
-"""What a run shows and leaves behind: genotypes, pictures, checkpoints, one line an epoch."""
+"""What a run shows and leaves behind: genotypes, pictures, one line an epoch."""
 
 import logging
 import sys
@@ -100,37 +100,6 @@ class CollapseWarning(pl.Callback):
                 skips,
                 len(edges),
             )
-
-
-class AtomicCheckpoint(pl.callbacks.Checkpoint):
-    """Saves `last.ckpt` every N steps and after every epoch; the old one stays until it is whole.
-
-    Args:
-        dirpath: folder of the checkpoint.
-        every_n_steps: steps (batches) between two checkpoints within an epoch.
-    """
-
-    def __init__(self, dirpath: str | Path, every_n_steps: int = 200) -> None:
-        self.path = Path(dirpath) / "last.ckpt"
-        self.every_n_steps = every_n_steps
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Save every N steps."""
-        if trainer.global_step % self.every_n_steps == 0:
-            self.save(trainer)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the finished epoch."""
-        self.save(trainer)
-
-    def save(self, trainer: pl.Trainer) -> None:
-        """Write beside the old checkpoint, then put it in its place."""
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        part = self.path.with_name(self.path.name + ".part")
-        trainer.save_checkpoint(part)
-        if trainer.is_global_zero:
-            part.replace(self.path)
 
 
 class EpochLines(pl.Callback):

@@ -4,6 +4,7 @@ A config is checked as far as it can be before anything is built: for values tha
 for values that what they are given to does not take.
 """
 
+import errno
 import inspect
 import re
 import shlex
@@ -120,6 +121,13 @@ def _plain_choices(hint: Any) -> Iterator[str]:
         yield _WORDS.get(hint, f"a {getattr(hint, '__name__', hint)}")
 
 
+# Errors of disks and rights: no bug of ours, and nothing that a traceback would explain.
+OF_THE_MACHINE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
+    errno.ENOTDIR,
+)  # fmt: skip
+
+
 def find_mistake(error: BaseException | None, groups: Iterable[str]) -> UserError | None:
     """The mistake behind an exception; Hydra and OmegaConf wrap those of what they build.
 
@@ -129,6 +137,9 @@ def find_mistake(error: BaseException | None, groups: Iterable[str]) -> UserErro
     """
     if error is None or isinstance(error, UserError):
         return error
+    if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+        name = "" if error.filename is None else f" {str(error.filename)!r}"
+        return UserError(f"Cannot use the file or folder{name}: {error.strerror}.")
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return unknown(group, name, error.options)
@@ -151,6 +162,39 @@ def find_mistake(error: BaseException | None, groups: Iterable[str]) -> UserErro
             else " ".join(str(error).split())
         )
     return find_mistake(cause, groups)
+
+
+# What may differ between a run and the one that goes on with it: nothing of it moves a number.
+FREE_KEYS = (
+    "resume", "print_config", "output_dir", "next_experiment", "threads", "callbacks", "logger",
+    "hardware",
+    "data.num_workers", "trainer.accelerator", "trainer.devices", "trainer.num_nodes",
+    "trainer.strategy", "trainer.log_every_n_steps", "trainer.profiler", "trainer.default_root_dir",
+    "trainer.enable_model_summary", "trainer.num_sanity_val_steps",
+)  # fmt: skip
+
+
+def differing_keys(before: DictConfig, now: DictConfig) -> list[str]:
+    """The keys by which two configs give other numbers."""
+    first, second = (_leaves(OmegaConf.to_container(cfg, resolve=True)) for cfg in (before, now))
+    free = [*FREE_KEYS]
+    if now.task != "evaluate":
+        free.append("ckpt_path")  # where the run before went on from
+    if any(first.get(key) != second.get(key) for key in ("trainer.devices", "trainer.num_nodes")):
+        free.append("data.batch_size")  # of one process; the sum is checked with the data's state
+    return [
+        key
+        for key in sorted(first.keys() | second.keys())
+        if first.get(key) != second.get(key)
+        and not any(key == part or key.startswith(f"{part}.") for part in free)
+    ]
+
+
+def _leaves(node: Any, path: tuple[str, ...] = ()) -> dict[str, Any]:
+    """All values of nested mappings by their dotted keys."""
+    if not isinstance(node, dict):
+        return {".".join(path): node}
+    return {key: leaf for k, v in node.items() for key, leaf in _leaves(v, (*path, str(k))).items()}
 
 
 # ---- show and compose ----------------------------------------------------------------------------

@@ -82,13 +82,23 @@ def share_of(count: int, device: torch.device) -> Tensor | float:
     return count * world_size() / total
 
 
-def total(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The sums of tensors over all processes, in one exchange."""
+def largest(numbers: Sequence[int], device: torch.device) -> list[int]:
+    """The largest of each number in any process, the same in all; a GPU waits for it."""
+    if world_size() == 1:
+        return list(numbers)
+    tensor = torch.tensor(numbers, device=device, dtype=torch.long)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def gather(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The tensors of every process in the order of their ranks, in one exchange."""
     if world_size() == 1 or not tensors:
-        return [tensor.clone() for tensor in tensors]
+        return [[tensor.clone() for tensor in tensors]]
     flat = _flatten(tensors)
-    dist.all_reduce(flat)
-    return _unflatten(flat, tensors)
+    parts = [torch.empty_like(flat) for _ in range(world_size())]
+    dist.all_gather(parts, flat)
+    return [_unflatten(part, tensors) for part in parts]
 
 
 @torch.no_grad()

@@ -3,16 +3,18 @@
 A task takes the composed config and returns the number that a sweeper maximises.
 """
 
+import functools
 import io
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
@@ -20,12 +22,14 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from dartsl.callbacks import GENOTYPE_FILE
+from dartsl.checkpoints import LAST, PREVIOUS, find_fault, find_whole
 from dartsl.config import (
     build,
     check_missing,
     check_types,
     command,
     compose_experiment,
+    differing_keys,
     given_overrides,
     print_tree,
     quote,
@@ -34,6 +38,7 @@ from dartsl.config import (
 )
 from dartsl.distributed import is_first_process
 from dartsl.errors import UserError, unknown
+from dartsl.files import whole_file
 from dartsl.genotype import Genotype
 from dartsl.interop import load_official_network
 from dartsl.modules.resumable import check_same_tensors
@@ -44,7 +49,32 @@ from dartsl.visualize import draw_genotype, save_figure
 
 log = logging.getLogger(__name__)
 
+CONFIG_FILE, RESULT_FILE = "config.yaml", "result.yaml"
+Task = Callable[[DictConfig], float | None]
 
+
+def resumable(task: Task) -> Task:
+    """A task that keeps its value in its folder; `resume=auto` goes on with it or skips it."""
+
+    @functools.wraps(task)
+    def start_or_go_on(cfg: DictConfig) -> float | None:
+        if cfg.resume not in (None, "auto"):
+            raise UserError(f"resume={cfg.resume} must be auto or null.")
+        result = Path(cfg.output_dir) / RESULT_FILE
+        if cfg.resume == "auto":
+            check_same_run(cfg)
+            if result.is_file():
+                return report_finished(result)
+        value = task(cfg)
+        if is_first_process() and not cfg.trainer.fast_dev_run:
+            with whole_file(result) as part:
+                part.write_text(yaml.safe_dump({"value": value}))
+        return value
+
+    return start_or_go_on
+
+
+@resumable
 def search(cfg: DictConfig) -> float | None:
     """Search for a genotype; returns the accuracy on the alpha half after the last epoch."""
     prepare(cfg)
@@ -59,6 +89,7 @@ def search(cfg: DictConfig) -> float | None:
     return metric(trainer, "search/val_accuracy")
 
 
+@resumable
 def train(cfg: DictConfig) -> float | None:
     """Train a genotype's network, then test it; returns the validation accuracy.
 
@@ -78,7 +109,8 @@ def train(cfg: DictConfig) -> float | None:
     return test if validation is None else validation
 
 
-def evaluate(cfg: DictConfig) -> float:
+@resumable
+def evaluate(cfg: DictConfig) -> float | None:
     """Test accuracy of a checkpoint: dartsl's own, or a `.pt` file of the official code."""
     prepare(cfg)
     if cfg.ckpt_path is None:
@@ -109,7 +141,8 @@ def quick_start(cfg: DictConfig) -> float | None:
     """Search, then train what was found: two experiments, given the overrides of this run."""
     if cfg.ckpt_path is not None:
         raise UserError(
-            "The quick start does not resume: it takes two minutes. Leave out ckpt_path."
+            "The quick start is two runs, which no one checkpoint goes on with: give resume=auto "
+            "and hydra.run.dir=FOLDER instead of ckpt_path."
         )
     folder = Path(cfg.output_dir)
     steps = [f"output_dir={quote(folder / name)}" for name in ("search", "train")]
@@ -139,9 +172,10 @@ def prepare(cfg: DictConfig) -> None:
     if cfg.threads is not None and not (isinstance(cfg.threads, int) and cfg.threads >= 1):
         raise UserError(f"threads={cfg.threads} must be a whole number of at least 1, or null.")
     output_dir = Path(cfg.output_dir)
-    if is_first_process() and (output_dir / "checkpoints").exists() and cfg.ckpt_path is None:
+    goes_on = cfg.ckpt_path is not None or cfg.resume is not None
+    if is_first_process() and (output_dir / "checkpoints").exists() and not goes_on:
         raise UserError(
-            f"{output_dir} holds a run already: go on with it by ckpt_path=last, or choose another "
+            f"{output_dir} holds a run already: go on with it by resume=auto, or choose another "
             "folder by hydra.run.dir=FOLDER."
         )
     if cfg.threads is not None:
@@ -154,9 +188,8 @@ def announce(cfg: DictConfig) -> None:
     if not is_first_process():
         return
     plain = resolved(cfg)
-    output_dir = Path(cfg.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(plain, output_dir / "config.yaml")
+    with whole_file(Path(cfg.output_dir) / CONFIG_FILE) as part:
+        OmegaConf.save(plain, part)
     if cfg.print_config:
         print_tree(plain)
 
@@ -222,26 +255,72 @@ def find_genotype(cfg: DictConfig) -> Genotype:
     return instantiate(cfg.genotype)
 
 
-def find_checkpoint(cfg: DictConfig) -> str | None:
-    """The path to go on from; `last` is this folder's, or else that of the experiment's last run.
+def check_same_run(cfg: DictConfig) -> None:
+    """Check that the output folder's run, if it holds one, is the one that the config describes.
 
     Raises:
-        UserError: where there is none.
+        UserError: where it would give other numbers.
     """
-    if cfg.ckpt_path is None:
+    check_missing(cfg)
+    folder = Path(cfg.output_dir)
+    kept = folder / CONFIG_FILE
+    if not kept.is_file() or not ((folder / RESULT_FILE).exists() or checkpoint_time(folder)):
+        return
+    keys = differing_keys(cast(DictConfig, OmegaConf.load(kept)), resolved(cfg))
+    if keys:
+        raise UserError(
+            f"{folder} holds a run of another config: {', '.join(keys[:5])} "
+            f"{'differs' if len(keys) == 1 else 'differ'}. Choose another folder; or go on with "
+            "it nevertheless by ckpt_path=last in place of resume=auto."
+        )
+
+
+def find_checkpoint(cfg: DictConfig) -> str | None:
+    """The path to go on from, None at a run's start.
+
+    With resume=auto it is this folder's newest; `ckpt_path=last` is that, or else the one of the
+    experiment's last run.
+
+    Raises:
+        UserError: where there is none but ckpt_path asks for one, and where none is whole.
+    """
+    if cfg.resume is not None:
+        if cfg.ckpt_path is not None:
+            raise UserError("resume=auto goes on from the output folder: leave out ckpt_path.")
+        path = find_whole(Path(cfg.output_dir) / "checkpoints")
+        cfg.resume = None  # the run's other processes are told by ckpt_path
+        if path is None:
+            return None
+    elif cfg.ckpt_path is None:
         return None
-    path = Path(cfg.ckpt_path)
-    if cfg.ckpt_path == "last":
-        output_dir = Path(cfg.output_dir)
-        path = output_dir / "checkpoints" / "last.ckpt"
-        # The folders beside a sweep's job are other jobs, not earlier runs of it.
-        if not path.exists() and HydraConfig.get().mode == RunMode.RUN:
-            earlier = output_dir.parent.glob("*/checkpoints/last.ckpt")
-            path = max(earlier, key=lambda found: found.stat().st_mtime, default=path)
+    elif cfg.ckpt_path == "last":
+        folder = last_run(cfg) / "checkpoints"
+        path = find_whole(folder) or folder / LAST
+    else:
+        path = Path(cfg.ckpt_path)
+        fault = find_fault(path) if path.is_file() else None
+        if fault is not None:
+            raise UserError(f"Cannot go on from the checkpoint {str(path)!r}: {fault}.")
     if not path.is_file():
         raise UserError(f"No checkpoint at {str(path)!r}: give ckpt_path=FILE, or leave it out.")
     print(f"Going on from {relative(path)}")
     return str(path)
+
+
+def last_run(cfg: DictConfig) -> Path:
+    """The output folder, or that of the experiment's last run where it holds none."""
+    folder = Path(cfg.output_dir)
+    # The folders beside a sweep's job are other jobs, not earlier runs of it.
+    if checkpoint_time(folder) or HydraConfig.get().mode != RunMode.RUN:
+        return folder
+    earlier = [path for path in folder.parent.glob("*") if checkpoint_time(path)]
+    return max(earlier, key=checkpoint_time, default=folder)
+
+
+def checkpoint_time(folder: Path) -> float:
+    """When the last checkpoint of an output folder was written; 0 where there is none."""
+    paths = (folder / "checkpoints" / name for name in (LAST, PREVIOUS))
+    return max((path.stat().st_mtime for path in paths if path.is_file()), default=0.0)
 
 
 def read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], bool]:
@@ -267,6 +346,20 @@ def metric(trainer: pl.Trainer, name: str) -> float | None:
     """A logged metric's last value, if it was logged."""
     value = trainer.callback_metrics.get(name)
     return None if value is None else value.item()
+
+
+def report_finished(path: Path) -> float | None:
+    """Say that a run is finished; returns the value that it ended with.
+
+    Raises:
+        UserError: for a file that holds none.
+    """
+    try:
+        value = yaml.safe_load(path.read_text())["value"]
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{path} holds no run's result: delete it to end the run again.") from error
+    print(f"Finished already: {relative(path.parent)}" + ("" if value is None else f" ({value})"))
+    return value
 
 
 def report_genotype(cfg: DictConfig) -> None:

@@ -28,6 +28,7 @@ from matplotlib.path import Path as Curve
 from torch import Tensor
 
 from dartsl.errors import UserError
+from dartsl.files import whole_file
 from dartsl.genotype import Edge, Genotype
 from dartsl.search_space import CELL_KINDS, SearchSpace
 
@@ -362,19 +363,12 @@ def save_figure(figure: Figure, path: str | Path) -> list[Path]:
     """
     # Not with_suffix, which would eat the ".5" of a name such as "alpha_0.5".
     targets = [Path(f"{Path(path)}.{suffix}") for suffix in ("png", "svg")]
-    targets[0].parent.mkdir(parents=True, exist_ok=True)
     for target in targets:
         suffix = target.suffix[1:]
         # Dates and versions would make two equal pictures differ.
         metadata = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}[suffix]
-        # Whole or not at all: a run killed here leaves the picture of the epoch before.
-        part = target.with_name(target.name + ".part")
-        try:
-            with _style():
-                figure.savefig(part, format=suffix, dpi=200, metadata=metadata)
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
+        with whole_file(target) as part, _style():
+            figure.savefig(part, format=suffix, dpi=200, metadata=metadata)
     return targets
 
 

@@ -1,8 +1,11 @@
 """The command line: every shipped experiment runs, and every mistake ends in one sentence."""
 
+import errno
 import json
 import re
+import resource
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +21,7 @@ from PIL import Image
 
 import run
 from dartsl import tasks
+from dartsl.checkpoints import find_fault
 from dartsl.config import check_types, resolved
 from dartsl.genotype import Genotype, published
 from dartsl.interop import official_state_dict
@@ -259,7 +263,7 @@ def test_a_run_is_not_written_over(command: Command) -> None:
     before = Path("here/genotype.yaml").stat().st_mtime_ns
     again = command(*search)
     assert again.code == 1
-    assert "holds a run already: go on with it by ckpt_path=last" in again.error
+    assert "holds a run already: go on with it by resume=auto" in again.error
     assert Path("here/genotype.yaml").stat().st_mtime_ns == before
 
 
@@ -419,8 +423,18 @@ experiment=evaluate genotype=darts_v2 ckpt_path=no.pt
     there is no such file
 experiment=draw
     No genotype
+experiment=search_digits resume=yes
+    resume=yes must be auto or null
+experiment=search_digits resume=auto ckpt_path={ROOT}/README.md
+    resume=auto goes on from the output folder: leave out ckpt_path
+experiment=search_digits ckpt_path={ROOT}/README.md
+    Cannot go on from the checkpoint
+experiment=search_digits callbacks.checkpoint.every_n_minutes=-1
+    callbacks.checkpoint.every_n_minutes=-1 must be positive
+experiment=search_digits hydra.run.dir={ROOT}/README.md/x
+    Cannot use the file or folder
 ckpt_path=last
-    The quick start does not resume
+    The quick start is two runs
 """
 
 
@@ -487,3 +501,155 @@ def test_the_config_is_shown_and_kept(command: Command) -> None:
     kept = OmegaConf.load("here/config.yaml")
     assert kept.supernet.channels == 4
     assert "${" not in json.dumps(OmegaConf.to_container(kept, resolve=False))
+
+
+# Interruption: resume=auto, what was finished, what cannot be written
+
+
+@pytest.mark.slow
+def test_resume_auto_starts_goes_on_and_says_when_it_is_finished(
+    command: Command, monkeypatch
+) -> None:
+    values = []
+    run_task = tasks.run
+    monkeypatch.setattr(tasks, "run", lambda cfg: values.append(run_task(cfg)) or values[-1])
+    search = ("experiment=search_digits", *ON_DIGITS, *SMALL_SEARCH, "trainer.max_epochs=2",
+              "callbacks.checkpoint.every_n_steps=1", "resume=auto")  # fmt: skip
+    assert command(*search, "hydra.run.dir=whole").code == 0
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dartsl.callbacks.GenotypeWriter.on_train_epoch_end", stop)
+        stopped = command(*search, "hydra.run.dir=here")
+        assert stopped.code == 1
+    last = Path("here/checkpoints/last.ckpt")
+    last.write_bytes(last.read_bytes()[:-9])
+    other = command(*search, "hydra.run.dir=here", "optimizer.weights.lr=0.1", "threads=null")
+    assert other.code == 1
+    assert "here holds a run of another config: module.schedule.initial, " in other.error
+    assert "threads" not in other.error
+
+    resumed = command(*search, "hydra.run.dir=here")
+    assert resumed.code == 0, resumed.error
+    assert "going on from the one before it, previous.ckpt" in resumed.out + resumed.error
+    assert "Going on from here/checkpoints/previous.ckpt" in resumed.out
+    ends = (
+        torch.load(f"{run}/checkpoints/last.ckpt", weights_only=True) for run in ("here", "whole")
+    )
+    assert_same(*(end["state_dict"] | end["metrics"] for end in ends))
+    for name in (
+        "genotype.yaml",
+        "genotype_best.yaml",
+        "cells.png",
+        "strengths.svg",
+        "result.yaml",
+    ):
+        assert Path("here", name).read_bytes() == Path("whole", name).read_bytes(), name
+
+    before = {path: path.read_bytes() for path in Path("here").rglob("*") if path.is_file()}
+    finished = command(*search, "hydra.run.dir=here", "callbacks.checkpoint.every_n_steps=9")
+    assert finished.code == 0
+    assert f"Finished already: here ({values[-1]})" in finished.out
+    assert values[-1] == values[-2] == values[0]
+    kept = [path for path in before if ".hydra" not in path.parts and path.suffix != ".log"]
+    assert all(path.read_bytes() == before[path] for path in kept)
+
+    Path("here/checkpoints/previous.ckpt").write_bytes(b"")
+    last.unlink()
+    Path("here/result.yaml").unlink()
+    lost = command(*search, "hydra.run.dir=here")
+    assert lost.code == 1
+    assert "Nothing is left to go on from" in lost.error
+
+
+@pytest.mark.slow
+def test_resume_auto_in_a_sweep_skips_what_is_finished(command: Command) -> None:
+    sweep = ("-m", "experiment=search_digits", *ON_DIGITS, *SMALL_SEARCH, "seed=0,1",
+             "print_config=false", "hydra.sweep.dir=sweep", "resume=auto")  # fmt: skip
+    assert command(*sweep).code == 0
+    results = [Path("sweep") / job / "result.yaml" for job in "01"]
+    whole = [path.read_text() for path in results]
+    results[1].unlink()  # killed at its very end
+    again = command(*sweep)
+    assert again.code == 0, again.error
+    assert re.findall("Finished already: sweep/(.)", again.out) == ["0"]
+    assert re.findall("Going on from sweep/(.)", again.out) == ["1"]
+    assert [path.read_text() for path in results] == whole
+
+
+@pytest.mark.slow
+def test_resume_auto_in_the_quick_start(command: Command) -> None:
+    """Its two runs, each in its own folder."""
+    quick = ("data.max_images=24", "trainer.max_epochs=1", "hydra.run.dir=here", "resume=auto")
+    first = command(*quick)
+    Path("here/train/result.yaml").unlink()
+    again = command(*quick)
+    assert first.code == again.code == 0, again.error
+    assert "Finished already: here/search" in again.out
+    assert "Going on from here/train/checkpoints/last.ckpt" in again.out
+    assert again.accuracy == first.accuracy
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_in_one_sentence(command: Command) -> None:
+    """No file of more than 30 kB can be written; a checkpoint is larger."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
+    try:
+        result = command(
+            "experiment=search_digits", *ON_DIGITS, *SMALL_SEARCH, "hydra.run.dir=here"
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert result.code == 1
+    assert "Traceback" not in result.error
+    last = result.error.strip().splitlines()[-1]
+    assert re.match("Error: Cannot write '.*next.ckpt': File too large", last)
+    assert Path("here/config.yaml").exists()
+    assert not [path for path in Path("here").rglob("*") if path.suffix in (".ckpt", ".part")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["config.yaml", "genotype.yaml", "cells.png", "result.yaml"])
+def test_what_cannot_be_written_ends_in_one_sentence(
+    name: str, command: Command, monkeypatch
+) -> None:
+    """A read-only folder, as far as this one file goes; what stood there is still there."""
+    replace = Path.replace
+
+    def refuse(self: Path, target: Path) -> Path:
+        if Path(target).name == name:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    Path("here").mkdir()
+    Path("here", name).write_text("before")
+    result = command("experiment=search_digits", *ON_DIGITS, *SMALL_SEARCH, "hydra.run.dir=here")
+    assert result.code == 1
+    assert f"{name}': Read-only file system" in result.error.splitlines()[-1]
+    assert "Traceback" not in result.error
+    assert Path("here", name).read_text() == "before"
+    assert not list(Path("here").rglob("*.part"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_data_folder_that_vanishes(
+    workers: int, images: Path, command: Command, tmp_path: Path, monkeypatch
+) -> None:
+    """Images that are not held in memory are missed when their turn comes."""
+    root = tmp_path / "images"
+    shutil.copytree(images, root)
+    monkeypatch.setattr(
+        "dartsl.modules.SearchModule.on_validation_start", lambda self: shutil.rmtree(root)
+    )
+    result = command("experiment=search_digits", *on_images(root, small=SMALL_SEARCH),
+                     f"data.num_workers={workers}", "data.in_memory_limit=0",
+                     "trainer.max_epochs=2", "hydra.run.dir=here")  # fmt: skip
+    assert result.code == 1
+    assert "Error: Cannot read the image" in result.error.splitlines()[-1]
+    assert "Traceback" not in result.error
+    assert find_fault(Path("here/checkpoints/last.ckpt")) is None

@@ -330,7 +330,7 @@ def test_a_failed_write_leaves_the_old_picture_and_no_other_file(tmp_path):
         raise OSError("disk full")
 
     figure.savefig = fail
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="disk full"):
         save_figure(figure, tmp_path / "picture")
     assert [path.read_bytes() for path in paths] == before
     assert sorted(tmp_path.iterdir()) == paths

@@ -6,6 +6,8 @@
 * A checkpoint saved on an epoch's last batch still runs that epoch's validation and end, and one
   saved where max_steps ended a run within an epoch goes on with that epoch.
 * A checkpoint of another network ends in one sentence.
+
+And a step whose gradients are not finite is skipped; a run of such steps ends.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,17 +15,18 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from dartsl.distributed import average_gradients, broadcast, share_of, total
+from dartsl.distributed import average_gradients, broadcast, gather, share_of, world_size
 from dartsl.errors import UserError
+from dartsl.modules.finite import FiniteSteps, mend_statistics
 
 Schedule = Callable[[int], float]
 Batch = tuple[Tensor, Tensor]  # images [B, C, H, W], labels [B]
 
 
-class EpochMetrics(torch.nn.Module):
+class EpochMetrics(nn.Module):
     """Mean loss and accuracy over the examples of an epoch, kept in the state_dict."""
 
     def __init__(self) -> None:
@@ -36,8 +39,9 @@ class EpochMetrics(torch.nn.Module):
 
     @torch.no_grad()
     def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Count a batch: its mean loss, logits [B, K] and labels [B]."""
-        self.loss.update(loss.detach(), weight=len(labels))
+        """Count a batch: its mean loss, logits [B, K] and labels [B]; no loss that is not finite."""
+        weight = len(labels) * loss.detach().isfinite().to(loss.dtype)
+        self.loss.update(loss.detach().nan_to_num(0.0, 0.0, 0.0), weight=weight)
         self.accuracy.update((logits.argmax(1) == labels).float())
 
     def compute_and_reset(self) -> dict[str, Tensor]:
@@ -62,6 +66,8 @@ class ResumableModule(pl.LightningModule):
         super().__init__()
         self.schedule = schedule
         self.step_seed: int | None = None
+        self.finite_steps: list[FiniteSteps] = []  # of every optimizer, in their order
+        self._checkpoint: dict[str, Any] = {}  # what on_fit_start takes from it
         self._epoch_end_pending = False
 
     def weight_optimizer_groups(self) -> list[dict[str, Any]]:
@@ -73,9 +79,15 @@ class ResumableModule(pl.LightningModule):
         return self.trainer.fit_loop.epoch_loop._num_ready_batches_reached()
 
     def on_fit_start(self) -> None:
-        """Take the seed of all steps from the global one, once in a run's life."""
+        """Take the seed of all steps from the global one, once in a run's life; take up counts."""
         if self.step_seed is None:
             self.step_seed = torch.initial_seed() % 2**31
+        self.finite_steps = [FiniteSteps(optimizer) for optimizer in self.trainer.optimizers]
+        counts = self._checkpoint.get("skipped_steps", [])
+        for steps, state in zip(self.finite_steps, counts, strict=False):
+            steps.load_state_dict(state)
+        # Of a run that had ended they are its result.
+        self.trainer.callback_metrics.update(self._checkpoint.get("metrics", {}))
 
     def on_train_start(self) -> None:
         """Go straight to an epoch's end where a checkpoint was saved on its last batch."""
@@ -108,19 +120,42 @@ class ResumableModule(pl.LightningModule):
         """Log an epoch's values, the same in all processes, as `<prefix><name>`."""
         self.log_dict({f"{prefix}{name}": v for name, v in values.items()}, sync_dist=True)
 
+    def check_finite(self) -> None:
+        """Stop where there is nothing left to go on with; a GPU waits here.
+
+        Raises:
+            UserError: where too many steps were skipped, or a weight is not finite.
+        """
+        for steps, what in zip(self.finite_steps, ("the weights", "alpha"), strict=False):
+            steps.check(what)
+        with torch.no_grad():
+            finite = nn.utils.get_total_norm(list(self.parameters())).isfinite()
+        if not finite:
+            raise UserError(
+                "The weights are no longer finite: the run has diverged. Its last checkpoint is "
+                "kept. Try a lower learning rate (optimizer.weights.lr)."
+            )
+
     def on_validation_start(self) -> None:
         """Validate with the running statistics of rank 0, which a checkpoint keeps."""
+        mend_statistics(self)
         broadcast(self.buffers())
 
     def on_test_start(self) -> None:
         """Test with the running statistics of rank 0."""
+        mend_statistics(self)
         broadcast(self.buffers())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the seed of the steps, and the epoch's metrics of all processes."""
+        """Keep the steps' seed and counts, what was logged, and the metrics of all processes."""
         checkpoint["step_seed"] = self.step_seed
+        checkpoint["skipped_steps"] = [steps.state_dict() for steps in self.finite_steps]
+        logged = self.trainer.callback_metrics
+        checkpoint["metrics"] = {name: value.cpu() for name, value in logged.items()}
         metrics = self.epoch_metrics(checkpoint)
-        sums = total(list(metrics.values()))
+        parts = gather(list(metrics.values()))
+        checkpoint["epoch_metrics"] = [dict(zip(metrics, part, strict=True)) for part in parts]
+        sums = [torch.stack(values).sum(0) for values in zip(*parts, strict=True)]
         checkpoint["state_dict"].update(zip(metrics, sums, strict=True))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -131,7 +166,13 @@ class ResumableModule(pl.LightningModule):
         """
         check_same_tensors(self.state_dict(), checkpoint["state_dict"], "this run's network")
         self.step_seed = checkpoint.get("step_seed")
-        if self.global_rank > 0:  # rank 0 goes on with the metrics of all
+        self._checkpoint = {
+            k: checkpoint[k] for k in ("skipped_steps", "metrics") if k in checkpoint
+        }
+        parts = checkpoint.get("epoch_metrics", [])
+        if len(parts) == world_size():  # or sums would be rounded in another order
+            checkpoint["state_dict"].update(parts[self.global_rank])
+        elif self.global_rank > 0:  # rank 0 goes on with the metrics of all
             for name, value in self.epoch_metrics(checkpoint).items():
                 checkpoint["state_dict"][name] = torch.zeros_like(value)
         loops = checkpoint.get("loops", {}).get("fit_loop")

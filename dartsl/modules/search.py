@@ -97,8 +97,7 @@ class SearchModule(ResumableModule):
         gradients = self.hypergradient(self.bilevel_problem(train, val))
         for alpha, gradient in zip(self.supernet.arch_parameters(), gradients, strict=True):
             alpha.grad = gradient
-        if self.loss_scale() is not None and not all(g.isfinite().all() for g in gradients):
-            return  # too large for float16; the weights' step will lower the scale
+        self.finite_steps[1].admit()
         # Not through Lightning's wrapper: one batch is one global_step.
         self.trainer.optimizers[1].step()
 
@@ -117,7 +116,8 @@ class SearchModule(ResumableModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip the gradients of the weights, which here are unscaled also under float16."""
-        nn.utils.clip_grad_norm_(self.supernet.weight_parameters(), self.gradient_clip)
+        norm = nn.utils.clip_grad_norm_(self.supernet.weight_parameters(), self.gradient_clip)
+        self.finite_steps[0].admit(norm)
 
     def bilevel_problem(self, train: Batch, val: Batch) -> BilevelProblem:
         """What the hypergradient sees of this step."""
@@ -179,6 +179,7 @@ class SearchModule(ResumableModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Check at an epoch's end, before a genotype is written, that the processes agree."""
         if self.epoch_is_complete():
+            self.check_finite()
             check_replicas(self.supernet.arch_parameters(), "alphas")
             check_replicas(self.supernet.weight_parameters(), "weights")
 
@@ -198,6 +199,9 @@ class SearchModule(ResumableModule):
             return
         self.log_epoch("search/train_", self.train_metrics.compute_and_reset())
         self.log_epoch("search/", {"learning_rate": self.weight_optimizer_groups()[0]["lr"]})
+        weights, alpha = self.finite_steps
+        self.log_epoch("search/skipped_", {"weight_steps": weights.skipped.float()})
+        self.log_epoch("search/skipped_", {"alpha_steps": alpha.skipped.float()})
         genotype = self.genotype()
         for kind, strengths in self.supernet.strengths().items():
             skips = sum(primitive == "skip_connect" for primitive, _ in getattr(genotype, kind))

@@ -75,6 +75,7 @@ class TrainModule(ResumableModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip to this module's norm; a value given to the Trainer comes first."""
+        self.finite_steps[0].admit()
         value = self.gradient_clip if gradient_clip_val is None else gradient_clip_val
         self.clip_gradients(optimizer, value, gradient_clip_algorithm or "norm")
 
@@ -86,6 +87,7 @@ class TrainModule(ResumableModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Check at an epoch's end that the processes agree."""
         if self.epoch_is_complete():
+            self.check_finite()
             check_replicas(self.network.parameters(), "weights")
 
     def epoch_drop_path_prob(self) -> float:
@@ -124,3 +126,4 @@ class TrainModule(ResumableModule):
         self.log_epoch("train/train_", self.train_metrics.compute_and_reset())
         self.log_epoch("train/", {"learning_rate": self.weight_optimizer_groups()[0]["lr"]})
         self.log_epoch("train/", {"drop_path_prob": self.epoch_drop_path_prob()})
+        self.log_epoch("train/", {"skipped_steps": self.finite_steps[0].skipped.float()})

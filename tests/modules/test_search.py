@@ -585,6 +585,8 @@ def test_what_is_logged_after_each_epoch() -> None:
             expected[f"search/{half}_loss"].append(loss)
             expected[f"search/{half}_accuracy"].append(accuracy)
         expected["search/learning_rate"].append(rate)
+        for what in ("weight", "alpha"):
+            expected[f"search/skipped_{what}_steps"].append(0)
         expected["epoch"] += len(batches) * [epoch] + [epoch] * (len(logged["epoch"]) // 2 - 3)
         found = dict(zip(("normal", "reduce"), network.arch_parameters(), strict=True))
         strengths = {kind: torch.softmax(alpha, 1) for kind, alpha in found.items()}

@@ -266,6 +266,7 @@ def test_what_is_logged_after_each_epoch() -> None:
         "train/val_accuracy": [val_accuracy],
         "train/learning_rate": [0.0],
         "train/drop_path_prob": [0.0],
+        "train/skipped_steps": [0],
         "train/loss_step": [total_loss(plain.train(), x, y, 0.1).item() for x, y in data],
     }
     assert logged.keys() - {"epoch"} == expected.keys()
