@@ -2,21 +2,28 @@
 
 import logging
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import RichProgressBar
+from torch import Tensor
 
 from dartsl.distributed import is_first_process
-from dartsl.genotype import Genotype
+from dartsl.errors import UserError
+from dartsl.genotype import GENOTYPE_FILE, Genotype
+from dartsl.loggers import PICTURE_GROUP, log_picture, takes_pictures
 from dartsl.modules import SearchModule
 from dartsl.modules.resumable import ResumableModule
-from dartsl.visualize import draw_genotype, draw_strengths, save_figure
+from dartsl.modules.search import edge_entropies
+from dartsl.networks import Supernet
+from dartsl.search_space import SearchSpace
+from dartsl.visualize import draw_genotype, draw_strengths, rasterize, save_figure
 
 log = logging.getLogger(__name__)
 
-GENOTYPE_FILE = "genotype.yaml"
 BEST_GENOTYPE_FILE = "genotype_best.yaml"
 
 
@@ -100,6 +107,110 @@ class CollapseWarning(pl.Callback):
                 skips,
                 len(edges),
             )
+
+
+class ArchitectureLogger(pl.Callback):
+    """Logs every epoch what alpha is about to choose, as numbers and as pictures.
+
+    Numbers go to all loggers: strength and entropy of every edge, and how many edges of the
+    genotype the epoch before did not have. Pictures of the cells and of the edge weights go to
+    those that take pictures.
+
+    Args:
+        pictures_every_n_epochs: and after the last one; 0 draws none. A set takes 0.4 s.
+    """
+
+    def __init__(self, pictures_every_n_epochs: int = 1) -> None:
+        if pictures_every_n_epochs < 0:
+            raise UserError(
+                f"pictures_every_n_epochs={pictures_every_n_epochs} must be at least 0 (none)."
+            )
+        self.pictures_every_n_epochs = pictures_every_n_epochs
+        self.last: Genotype | None = None
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the epoch's edges, genotype and pictures."""
+        assert isinstance(pl_module, SearchModule)
+        if not pl_module.epoch_is_complete():
+            return
+        supernet, genotype = pl_module.supernet, pl_module.genotype()
+        for kind, weights in supernet.strengths().items():
+            strengths, entropies = edge_strengths(weights, supernet.space), edge_entropies(weights)
+            pl_module.log_epoch(f"alpha/{kind}_edge_strength/", by_edge(strengths, supernet.space))
+            pl_module.log_epoch(f"alpha/{kind}_edge_entropy/", by_edge(entropies, supernet.space))
+        if self.last is not None:
+            pl_module.log_epoch("alpha/", {"genotype_distance": float(genotype.distance(self.last))})
+        self.last = genotype
+        if self.draws(trainer):
+            self.log_pictures(trainer, genotype, supernet)
+
+    def draws(self, trainer: pl.Trainer) -> bool:
+        """Whether pictures of this epoch are wanted, and somebody takes them."""
+        done, every = trainer.current_epoch + 1, self.pictures_every_n_epochs
+        wanted = every > 0 and (done % every == 0 or done == trainer.max_epochs)
+        return wanted and trainer.is_global_zero and any(map(takes_pictures, trainer.loggers))
+
+    def log_pictures(self, trainer: pl.Trainer, genotype: Genotype, supernet: Supernet) -> None:
+        """Log the cells and the edge weights."""
+        title = f"Epoch {trainer.current_epoch + 1}"
+        figures = {
+            f"{PICTURE_GROUP}/genotype": draw_genotype(genotype, title),
+            f"{PICTURE_GROUP}/edge_weights": draw_strengths(supernet.strengths(), supernet.space, title),
+        }
+        step = trainer.global_step - 1  # as Lightning counts when it logs an epoch's metrics
+        for name, figure in figures.items():
+            pixels = rasterize(figure)
+            for logger in trainer.loggers:
+                log_picture(logger, name, pixels, step, trainer.current_epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last epoch's genotype, as plain data."""
+        return {"last": None if self.last is None else repr(self.last)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the last epoch's genotype."""
+        last = state_dict["last"]
+        self.last = None if last is None else Genotype.parse(last)
+
+
+def edge_strengths(weights: Tensor, space: SearchSpace) -> Tensor:
+    """How strong each edge is, [E]: its largest weight of [E, P] but that of 'none' (section 2.4).
+
+    Args:
+        weights: after the relaxation.
+        space: names the columns.
+    """
+    columns = [i for i, primitive in enumerate(space.primitives) if primitive != "none"]
+    return weights[:, columns].amax(dim=1)
+
+
+def by_edge(values: Tensor, space: SearchSpace) -> dict[str, Tensor]:
+    """Values [E] by the names of their edges, in letters that every logger takes."""
+    names = (f"node_{node}_from_{source}" for node, source in space.edges)
+    return dict(zip(names, values, strict=True))
+
+
+class SystemLogger(pl.Callback):
+    """Logs every epoch what it took: seconds, validation included, and a GPU's peak memory."""
+
+    def __init__(self) -> None:
+        self.begun: float | None = None
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
+        self.begun = time.monotonic()
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the epoch, unless a resume began within it."""
+        assert isinstance(pl_module, ResumableModule)
+        if self.begun is None or not pl_module.epoch_is_complete():
+            return
+        used = {"epoch_seconds": time.monotonic() - self.begun}
+        if pl_module.device.type == "cuda":
+            used["peak_memory_gib"] = torch.cuda.max_memory_allocated(pl_module.device) / 2**30
+        pl_module.log_epoch("system/", used)
 
 
 class AtomicCheckpoint(pl.callbacks.Checkpoint):

@@ -5,8 +5,7 @@ A task takes the composed config and returns the number that a sweeper maximises
 
 import io
 import logging
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from dartsl.callbacks import GENOTYPE_FILE
+from dartsl.callbacks import BEST_GENOTYPE_FILE
 from dartsl.config import (
     build,
     check_missing,
@@ -34,8 +34,9 @@ from dartsl.config import (
 )
 from dartsl.distributed import is_first_process
 from dartsl.errors import UserError, unknown
-from dartsl.genotype import Genotype
+from dartsl.genotype import GENOTYPE_FILE, Genotype
 from dartsl.interop import load_official_network
+from dartsl.loggers import finished_runs, publish
 from dartsl.modules.resumable import check_same_tensors
 from dartsl.processes import processes
 from dartsl.visualize import draw_genotype, save_figure
@@ -51,8 +52,8 @@ def search(cfg: DictConfig) -> float | None:
     cfg.ckpt_path = find_checkpoint(cfg)
     with running(cfg) as (trainer, data):
         trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
-    if is_first_process():
-        report_genotype(cfg)
+        if is_first_process():
+            report_genotype(cfg, publish_search(cfg, trainer))
     return metric(trainer, "search/val_accuracy")
 
 
@@ -145,8 +146,8 @@ def prepare(cfg: DictConfig) -> None:
     pl.seed_everything(cfg.seed, verbose=False)
 
 
-def announce(cfg: DictConfig) -> None:
-    """Show and keep the config of a run that is about to start."""
+def announce(cfg: DictConfig, loggers: Iterable[Logger]) -> None:
+    """Show, keep and log the config of a run that is about to start."""
     if not is_first_process():
         return
     plain = resolved(cfg)
@@ -155,6 +156,8 @@ def announce(cfg: DictConfig) -> None:
     OmegaConf.save(plain, output_dir / "config.yaml")
     if cfg.print_config:
         print_tree(plain)
+    for logger in loggers:
+        logger.log_hyperparams(OmegaConf.to_container(plain))
 
 
 def build_trainer(cfg: DictConfig) -> pl.Trainer:
@@ -179,7 +182,7 @@ def running(cfg: DictConfig) -> Iterator[tuple[pl.Trainer, pl.LightningDataModul
     """The trainer and the data of a run; within, the trainer's other processes run it too."""
     trainer = build_trainer(cfg)
     data = instantiate(cfg.data)
-    announce(cfg)
+    announce(cfg, trainer.loggers)
     with processes(trainer, run_as_other, OmegaConf.to_container(cfg, resolve=True)):
         yield trainer, data
 
@@ -252,9 +255,21 @@ def metric(trainer: pl.Trainer, name: str) -> float | None:
     return None if value is None else value.item()
 
 
-def report_genotype(cfg: DictConfig) -> None:
+def publish_search(cfg: DictConfig, trainer: pl.Trainer) -> str | None:
+    """Publish a search's genotype and its checkpoint; returns the genotype's name, if it has one."""
+    folder = Path(cfg.output_dir)
+    about = {"experiment": HydraConfig.get().runtime.choices.experiment, "seed": cfg.seed}
+    about |= {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("search/")}
+    publish(trainer.loggers, "checkpoint", [folder / "checkpoints" / "last.ckpt"], about)
+    genotypes = [folder / name for name in (GENOTYPE_FILE, BEST_GENOTYPE_FILE)]
+    return publish(trainer.loggers, "genotype", genotypes, about)
+
+
+def report_genotype(cfg: DictConfig, artifact: str | None) -> None:
     """Print where a search left its genotype, and the command to type next."""
     print(f"\nGenotype: {relative(cfg.output_dir)}/{GENOTYPE_FILE}")
+    if artifact is not None:
+        print(f"Artifact: {artifact}")
     print(f"Cells:    {relative(cfg.output_dir)}/cells.png")
     if cfg.next_experiment is not None:
         print(f"Next:     {next_command(cfg)}")
@@ -290,9 +305,6 @@ def run(cfg: DictConfig) -> float | None:
     """
     if cfg.task not in TASKS:
         raise unknown("task", cfg.task, TASKS)
-    try:
-        with nullcontext() if is_first_process() else redirect_stdout(io.StringIO()):
-            return TASKS[cfg.task](cfg)
-    finally:
-        if "wandb" in sys.modules:  # or the next job of a sweep would log into this one's run
-            sys.modules["wandb"].finish()
+    quiet = nullcontext() if is_first_process() else redirect_stdout(io.StringIO())
+    with quiet, finished_runs():
+        return TASKS[cfg.task](cfg)
