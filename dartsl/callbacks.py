@@ -1,14 +1,16 @@
 """What a run shows and leaves behind: genotypes, pictures, checkpoints, one line an epoch."""
 
 import logging
-import sys
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import rich
+import rich.progress
 import torch
-from pytorch_lightning.callbacks import RichProgressBar
+from rich.console import Console
 from torch import Tensor
 
 from dartsl.distributed import is_first_process
@@ -20,6 +22,7 @@ from dartsl.modules.resumable import ResumableModule
 from dartsl.modules.search import edge_entropies
 from dartsl.networks import Supernet
 from dartsl.search_space import SearchSpace
+from dartsl.terminal import bars, is_terminal, print_epoch
 from dartsl.visualize import draw_genotype, draw_strengths, rasterize, save_figure
 
 log = logging.getLogger(__name__)
@@ -139,7 +142,9 @@ class ArchitectureLogger(pl.Callback):
             pl_module.log_epoch(f"alpha/{kind}_edge_strength/", by_edge(strengths, supernet.space))
             pl_module.log_epoch(f"alpha/{kind}_edge_entropy/", by_edge(entropies, supernet.space))
         if self.last is not None:
-            pl_module.log_epoch("alpha/", {"genotype_distance": float(genotype.distance(self.last))})
+            pl_module.log_epoch(
+                "alpha/", {"genotype_distance": float(genotype.distance(self.last))}
+            )
         self.last = genotype
         if self.draws(trainer):
             self.log_pictures(trainer, genotype, supernet)
@@ -155,7 +160,9 @@ class ArchitectureLogger(pl.Callback):
         title = f"Epoch {trainer.current_epoch + 1}"
         figures = {
             f"{PICTURE_GROUP}/genotype": draw_genotype(genotype, title),
-            f"{PICTURE_GROUP}/edge_weights": draw_strengths(supernet.strengths(), supernet.space, title),
+            f"{PICTURE_GROUP}/edge_weights": draw_strengths(
+                supernet.strengths(), supernet.space, title
+            ),
         }
         step = trainer.global_step - 1  # as Lightning counts when it logs an epoch's metrics
         for name, figure in figures.items():
@@ -245,9 +252,14 @@ class AtomicCheckpoint(pl.callbacks.Checkpoint):
 
 
 class EpochLines(pl.Callback):
-    """Prints one plain line an epoch: loss and accuracy of both halves, and the learning rate."""
+    """Prints every epoch: loss and accuracy of both halves, the learning rate, the genotype.
 
-    def __init__(self) -> None:
+    Args:
+        console: where to; the standard output.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console
         self.epoch: int | None = None
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -258,40 +270,118 @@ class EpochLines(pl.Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the epoch before."""
-        self.print_line(trainer)
+        self.print_line(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the last epoch."""
-        self.print_line(trainer)
+        self.print_line(trainer, pl_module)
 
-    def print_line(self, trainer: pl.Trainer) -> None:
+    def print_line(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print what was logged of the epoch that ended, once."""
         if self.epoch is None or not trainer.is_global_zero:
             return
         metrics = {
-            name.split("/")[1]: v for name, v in trainer.callback_metrics.items() if "/" in name
+            name.split("/")[1]: value.item()
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith(("search/", "train/"))
         }
-        parts = [f"epoch {self.epoch + 1:>3}/{trainer.max_epochs}"]
-        for half in ("train", "val"):
-            if f"{half}_loss" in metrics:
-                loss, accuracy = metrics[f"{half}_loss"], metrics[f"{half}_accuracy"]
-                parts.append(f"{half}: loss {loss:.3f}, accuracy {100 * accuracy:.2f} %")
-        if "learning_rate" in metrics:
-            parts.append(f"learning rate {metrics['learning_rate']:.4g}")
-        print("   ".join(parts), flush=True)
+        genotype = pl_module.genotype() if isinstance(pl_module, SearchModule) else None
+        console = self.console or rich.get_console()
+        print_epoch(console, self.epoch + 1, trainer.max_epochs, metrics, genotype)
         self.epoch = None
 
 
-class Progress(RichProgressBar):
-    """The batches of an epoch as a bar with the time left; nothing where output is no terminal."""
+class Progress(pl.callbacks.ProgressBar):
+    """In a terminal, the epochs of a run and the steps of the present one, with the time left.
 
-    def __init__(self) -> None:
-        super().__init__(leave=False)
-        if not sys.stdout.isatty():
-            self.disable()
+    Args:
+        console: where to; the standard output.
+    """
 
-    def get_metrics(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule
-    ) -> dict[str, int | str | float | dict[str, float]]:
-        """No metrics: `EpochLines` prints them."""
-        return {}
+    def __init__(self, console: Console | None = None) -> None:
+        super().__init__()
+        self.console = console or rich.get_console()
+        self.enabled = is_terminal(self.console)
+        self.bars: rich.progress.Progress | None = None
+        self.epochs: rich.progress.TaskID | None = None
+        self.steps: rich.progress.TaskID | None = None
+        self.counted: str | None = None
+
+    def disable(self) -> None:
+        """Show nothing; Lightning's word to all processes but the first."""
+        self.enabled = False
+
+    def enable(self) -> None:
+        """Show the bars."""
+        self.enabled = True
+
+    def start(self) -> None:
+        """Show the bars, if they are not shown yet."""
+        if self.enabled and self.bars is None:
+            self.bars = bars(self.console)
+            self.bars.start()
+
+    def stop(self) -> None:
+        """Take the bars away."""
+        if self.bars is not None:
+            self.bars.stop()
+        self.bars = self.epochs = self.steps = self.counted = None
+
+    def count(self, what: str, done: int, total: float) -> None:
+        """Show how many steps of a pass are done."""
+        if self.bars is None:
+            return
+        whole = int(total) if math.isfinite(total) else None
+        if self.steps is None:
+            self.steps = self.bars.add_task(what, total=whole)
+        if what != self.counted:  # time it anew
+            self.bars.reset(self.steps, description=what, total=whole)
+            self.counted = what
+        self.bars.update(self.steps, completed=done)
+
+    def count_epochs(self, trainer: pl.Trainer, trained: int, validated: int = 0) -> None:
+        """Show how many epochs are done, and the present one's share."""
+        if self.bars is None:
+            return
+        most = trainer.max_epochs
+        whole = most if most is not None and most > 0 else None
+        if self.epochs is None:
+            self.epochs = self.bars.add_task("Epochs", total=whole, completed=trainer.current_epoch)
+        steps = trainer.num_training_batches + sum(trainer.num_val_batches)
+        share = (trained + validated) / steps if math.isfinite(steps) else 0.0
+        self.bars.update(self.epochs, completed=trainer.current_epoch + share)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show the bars."""
+        self.start()
+        self.count_epochs(trainer, 0)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Count a training batch."""
+        done = args[-1] + 1
+        self.count_epochs(trainer, done)
+        self.count(f"Epoch {trainer.current_epoch + 1}", done, trainer.num_training_batches)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Count a validation batch."""
+        done = trainer.fit_loop.epoch_loop.val_loop.batch_progress.current.ready
+        self.count_epochs(trainer, int(trainer.num_training_batches), done)
+        self.count("Validation", done, sum(trainer.num_val_batches))
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show the bar of a test."""
+        self.start()
+
+    def on_test_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Count a test batch."""
+        self.count(
+            "Test", trainer.test_loop.batch_progress.current.ready, sum(trainer.num_test_batches)
+        )
+
+    def on_exception(self, *_: Any) -> None:
+        """Leave the terminal as it was."""
+        self.stop()
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        """Leave the terminal as it was."""
+        self.stop()

@@ -40,7 +40,7 @@ OmegaConf.register_new_resolver("count_classes", count_classes, replace=True)
 def run_group() -> str:
     """What the runs of one sweep have in common: the experiment's name and the sweep's folder."""
     hydra = HydraConfig.get()
-    experiment = str(hydra.runtime.choices.experiment)
+    experiment = str(hydra.runtime.choices["experiment"])
     sweep = hydra.mode == RunMode.MULTIRUN
     return f"{experiment}/{Path(hydra.sweep.dir).name}" if sweep else experiment
 

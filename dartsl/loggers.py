@@ -108,7 +108,7 @@ def genotype_artifact(artifact: str) -> Genotype:
             reason = " ".join(str(error).split()).rstrip(".")
             raise UserError(
                 f"Cannot get the artifact {artifact!r}: {reason}. Its name is "
-                "ENTITY/PROJECT/NAME:VERSION as its search has printed it; `wandb login` keeps a key."
+                "ENTITY/PROJECT/NAME:VERSION, as its search printed it; `wandb login` keeps a key."
             ) from error
         if not path.is_file():
             raise UserError(f"The artifact {artifact!r} holds no {GENOTYPE_FILE}.")

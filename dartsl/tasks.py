@@ -5,10 +5,10 @@ A task takes the composed config and returns the number that a sweeper maximises
 
 import io
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -39,6 +39,7 @@ from dartsl.interop import load_official_network
 from dartsl.loggers import finished_runs, publish
 from dartsl.modules.resumable import check_same_tensors
 from dartsl.processes import processes
+from dartsl.terminal import print_command, print_summary
 from dartsl.visualize import draw_genotype, save_figure
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def search(cfg: DictConfig) -> float | None:
     with running(cfg) as (trainer, data):
         trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
         if is_first_process():
-            report_genotype(cfg, publish_search(cfg, trainer))
+            report_genotype(cfg, trainer, publish_search(cfg, trainer))
     return metric(trainer, "search/val_accuracy")
 
 
@@ -70,8 +71,9 @@ def train(cfg: DictConfig) -> float | None:
     with running(cfg) as (trainer, data):
         trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
         validation = metric(trainer, "train/val_accuracy")
+        trained = scores(trainer, "train")
         trainer.test(module, datamodule=data, verbose=False)
-    test = report_test(trainer)
+    test = report_test(cfg, trainer, trained)
     return test if validation is None else validation
 
 
@@ -91,7 +93,7 @@ def evaluate(cfg: DictConfig) -> float:
     module = build(cfg.module)(network=network)
     with running(cfg) as (trainer, data):
         trainer.test(module, datamodule=data, verbose=False)
-    return report_test(trainer)
+    return report_test(cfg, trainer, {})
 
 
 def draw(cfg: DictConfig) -> None:
@@ -115,7 +117,7 @@ def quick_start(cfg: DictConfig) -> float | None:
     trained = compose_experiment(cfg.experiments[1], steps[1], "genotype=from_file", genotype)
     search(searched)
     accuracy = train(trained)
-    print(f"Next:     {command(f'experiment={cfg.next_experiment}')}")
+    print_command(command(f"experiment={cfg.next_experiment}"))
     return accuracy
 
 
@@ -156,8 +158,9 @@ def announce(cfg: DictConfig, loggers: Iterable[Logger]) -> None:
     OmegaConf.save(plain, output_dir / "config.yaml")
     if cfg.print_config:
         print_tree(plain)
+    values = cast(dict[str, Any], OmegaConf.to_container(plain))
     for logger in loggers:
-        logger.log_hyperparams(OmegaConf.to_container(plain))
+        logger.log_hyperparams(values)
 
 
 def build_trainer(cfg: DictConfig) -> pl.Trainer:
@@ -256,30 +259,51 @@ def metric(trainer: pl.Trainer, name: str) -> float | None:
 
 
 def publish_search(cfg: DictConfig, trainer: pl.Trainer) -> str | None:
-    """Publish a search's genotype and its checkpoint; returns the genotype's name, if it has one."""
+    """Publish a search's genotype and its checkpoint; returns the genotype's name if it has one."""
     folder = Path(cfg.output_dir)
-    about = {"experiment": HydraConfig.get().runtime.choices.experiment, "seed": cfg.seed}
+    about = {"experiment": HydraConfig.get().runtime.choices["experiment"], "seed": cfg.seed}
     about |= {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("search/")}
     publish(trainer.loggers, "checkpoint", [folder / "checkpoints" / "last.ckpt"], about)
     genotypes = [folder / name for name in (GENOTYPE_FILE, BEST_GENOTYPE_FILE)]
     return publish(trainer.loggers, "genotype", genotypes, about)
 
 
-def report_genotype(cfg: DictConfig, artifact: str | None) -> None:
-    """Print where a search left its genotype, and the command to type next."""
-    print(f"\nGenotype: {relative(cfg.output_dir)}/{GENOTYPE_FILE}")
+def report_genotype(cfg: DictConfig, trainer: pl.Trainer, artifact: str | None) -> None:
+    """Print what a search found, where it lies, and the command to type next."""
+    folder = relative(cfg.output_dir)
+    rows = {
+        **scores(trainer, "search"),
+        "Genotype": f"{folder}/{GENOTYPE_FILE}",
+        "Best": f"{folder}/{BEST_GENOTYPE_FILE}",
+        "Cells": f"{folder}/cells.png",
+    }
     if artifact is not None:
-        print(f"Artifact: {artifact}")
-    print(f"Cells:    {relative(cfg.output_dir)}/cells.png")
+        rows["Artifact"] = artifact
+    print_summary("The search", rows)
     if cfg.next_experiment is not None:
-        print(f"Next:     {next_command(cfg)}")
+        print_command(next_command(cfg))
 
 
-def report_test(trainer: pl.Trainer) -> float:
-    """Print and return the test accuracy."""
+def report_test(cfg: DictConfig, trainer: pl.Trainer, before: Mapping[str, str]) -> float:
+    """Print what a test came to, below what came before it; returns the accuracy."""
     accuracy = trainer.callback_metrics["test/accuracy"].item()
-    print(f"\nTest accuracy: {100 * accuracy:.2f} %   (error {100 * (1 - accuracy):.2f} %)")
+    error = 100 * (1 - accuracy)
+    rows = {**before, "Test accuracy": f"{100 * accuracy:.2f} %   (error {error:.2f} %)"}
+    checkpoint = Path(cfg.output_dir) / "checkpoints" / "last.ckpt"
+    if checkpoint.exists():
+        rows["Checkpoint"] = relative(checkpoint)
+    print_summary("The network", rows)
     return accuracy
+
+
+def scores(trainer: pl.Trainer, group: str) -> dict[str, str]:
+    """Loss and accuracy of both halves after the last epoch, as far as they were logged."""
+    found = {}
+    for half, name in (("train", "Training"), ("val", "Validation")):
+        loss, accuracy = (metric(trainer, f"{group}/{half}_{of}") for of in ("loss", "accuracy"))
+        if loss is not None and accuracy is not None:
+            found[name] = f"loss {loss:.3f}, accuracy {100 * accuracy:.2f} %"
+    return found
 
 
 def next_command(cfg: DictConfig) -> str:
