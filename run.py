@@ -15,7 +15,11 @@ from dartsl.config import find_mistake
 from dartsl.help import help_text
 
 # Of Lightning 2.6 under torch 2.15 and later: nothing that a user can act on.
-warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+warnings.filterwarnings(
+    "ignore",
+    message=r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    module=r"pytorch_lightning\.utilities\._pytree",
+)
 
 CONF = Path(__file__).parent.resolve() / "conf"
 GROUPS = [path.name for path in CONF.iterdir() if path.is_dir()]
