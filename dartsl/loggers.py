@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
@@ -105,14 +105,17 @@ def genotype_artifact(artifact: str) -> Genotype:
         try:
             path = Path(wandb.Api().artifact(artifact).download(root=folder)) / GENOTYPE_FILE
         except (wandb.Error, ValueError, OSError) as error:
-            reason = " ".join(str(error).split()).rstrip(".")
             raise UserError(
-                f"Cannot get the artifact {artifact!r}: {reason}. Its name is "
+                f"Cannot get the artifact {artifact!r}: {_reason(error)}. Its name is "
                 "ENTITY/PROJECT/NAME:VERSION, as its search printed it; `wandb login` keeps a key."
             ) from error
         if not path.is_file():
             raise UserError(f"The artifact {artifact!r} holds no {GENOTYPE_FILE}.")
         return Genotype.load(path)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
 
 
 # ---- Weights & Biases ----------------------------------------------------------------------------
@@ -123,7 +126,7 @@ def wandb_logger(
     job_type: str,
     checkpoint: str | None = None,
     artifact: str | None = None,
-    mode: str | None = None,
+    mode: Literal["online", "offline", "disabled"] | None = None,
     **options: Any,
 ) -> "Wandb":
     """A Weights & Biases logger that is offline where this machine has no key, and never asks.
@@ -136,7 +139,7 @@ def wandb_logger(
         checkpoint: that the run goes on from, under the id of the run that saved it; an
             evaluation of a checkpoint is a run of its own.
         artifact: that the run has its genotype from; they will be linked.
-        mode: "online", "offline" or "disabled"; None finds out.
+        mode: None finds out.
         **options: of Lightning's `WandbLogger` and of `wandb.init`.
     """
     import wandb
@@ -169,12 +172,22 @@ class Wandb(WandbLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The run, which begins when it is first asked for."""
+        """The run, which begins when it is first asked for.
+
+        Raises:
+            UserError: where it cannot begin.
+        """
         if self._experiment is None:
             import wandb
 
-            self._experiment = wandb.init(**self._wandb_init)
-            self._begin(self._experiment)
+            try:
+                self._experiment = wandb.init(**self._wandb_init)
+                self._begin(self._experiment)
+            except wandb.Error as error:
+                raise UserError(
+                    f"Weights & Biases cannot begin the run: {_reason(error)}. "
+                    "logger.wandb.mode=offline keeps it on this machine."
+                ) from error
         return self._experiment
 
     def _begin(self, run: Any) -> None:

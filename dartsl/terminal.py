@@ -16,7 +16,6 @@ from rich.text import Text
 
 from dartsl.genotype import Edge, Genotype
 
-_NAME_WIDTH = len("Genotype: ")
 _INDENT = 2
 
 
@@ -124,10 +123,10 @@ def print_summary(title: str, rows: Mapping[str, str], console: Console | None =
         console.print(table)
     else:
         for name, value in rows.items():
-            print(f"{name + ': ':<{_NAME_WIDTH}}{value}", file=console.file)
+            print(f"{name}: {value}", file=console.file)
 
 
 def print_command(command: str, console: Console | None = None) -> None:
     """The command to type next, unbroken by the window's width, so that it can be copied."""
     file = (console or rich.get_console()).file
-    print(f"{'Next:':<{_NAME_WIDTH}}{command}", file=file, flush=True)
+    print(f"Next: {command}", file=file, flush=True)

@@ -308,6 +308,16 @@ def test_a_training_from_an_artifact(published_files, tmp_path: Path, monkeypatc
     assert OfflineRun.read(tmp_path / "here").config["genotype"]["artifact"] == NAME
 
 
+def test_a_run_that_cannot_begin(tmp_path: Path, monkeypatch) -> None:
+    def refuse(**_: Any) -> None:
+        raise wandb.errors.CommError("no route to host")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    logger = wandb_logger(save_dir=str(tmp_path), job_type="search", mode="online")
+    with pytest.raises(UserError, match=r"no route to host\. logger\.wandb\.mode=offline keeps"):
+        _ = logger.experiment
+
+
 def test_an_evaluation_is_a_run_of_its_own(tmp_path: Path) -> None:
     kept = tmp_path / "run" / "wandb" / "run_id.txt"
     kept.parent.mkdir(parents=True)

@@ -351,6 +351,12 @@ def test_every_debug_setting(debug: str, command: Command) -> None:
         assert not Path("here/checkpoints").exists()
 
 
+def test_a_debug_setting_has_the_last_word() -> None:
+    overrides = ["experiment=search_digits", "debug=profiler"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        assert compose("config", overrides).trainer.max_epochs == 1
+
+
 # Mistakes
 
 # The command, and below it what the sentence says.
@@ -375,6 +381,10 @@ experiment=search_cifar10 data=image_folder
     The command lacks data.root=...
 experiment=search_cifar10 data=image_folder data.root=nowhere
     No class folders in nowhere/train
+experiment=search_digits logger=wandb logger.wandb.mode=ofline
+    logger.wandb.mode=ofline must be one of online, offline, disabled
+experiment=train_digits genotype=from_wandb
+    The command lacks genotype.artifact=...
 experiment=search_digits ckpt_path=nothing.ckpt
     No checkpoint at 'nothing.ckpt'
 experiment=search_digits ckpt_path=last

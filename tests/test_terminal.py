@@ -116,13 +116,13 @@ def test_a_program_reads_the_end(capsys: pytest.CaptureFixture[str]) -> None:
     path = "long/" * 50 + "genotype.yaml"
     print_summary("The search", {"Genotype": path})
     print_command("python run.py " + path)
-    assert capsys.readouterr().out == f"\nGenotype: {path}\nNext:     python run.py {path}\n"
+    assert capsys.readouterr().out == f"\nGenotype: {path}\nNext: python run.py {path}\n"
 
 
 def test_a_command_is_never_broken() -> None:
     console = terminal(40)
     print_command("python run.py " + "x" * 100, console)
-    assert shown(console) == f"Next:     python run.py {'x' * 100}\n"
+    assert shown(console) == f"Next: python run.py {'x' * 100}\n"
 
 
 def test_a_name_may_look_like_markup() -> None:
