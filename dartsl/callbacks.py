@@ -51,11 +51,12 @@ class GenotypeWriter(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the epoch's genotype."""
         assert isinstance(pl_module, SearchModule)
+        # In all processes: to read metrics is to exchange whatever was logged since.
+        accuracy = trainer.callback_metrics.get("search/val_accuracy")
         if not trainer.is_global_zero or not pl_module.epoch_is_complete():
             return
         genotype = pl_module.genotype()
         genotype.save(self.dirpath / GENOTYPE_FILE)
-        accuracy = trainer.callback_metrics.get("search/val_accuracy")
         value = 0.0 if accuracy is None else accuracy.item()
         if self.best_accuracy is None or value > self.best_accuracy:
             self.best_accuracy, self.best_genotype = value, genotype

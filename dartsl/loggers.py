@@ -78,7 +78,7 @@ def publish(
     """
     found = [path for path in files if path.is_file()]
     runs = [logger.experiment for logger in loggers if isinstance(logger, WandbLogger)]
-    if not found or not runs:
+    if not found or not runs or runs[0].disabled:
         return None
     import wandb
 
