@@ -9,16 +9,22 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from dartsl import tasks
 from dartsl.config import find_mistake
+from dartsl.help import help_text
 
 # Of Lightning 2.6 under torch 2.15 and later: nothing that a user can act on.
-warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+warnings.filterwarnings(
+    "ignore",
+    message=r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    module=r"pytorch_lightning\.utilities\._pytree",
+)
 
 CONF = Path(__file__).parent.resolve() / "conf"
 GROUPS = [path.name for path in CONF.iterdir() if path.is_dir()]
+OmegaConf.register_new_resolver("help", lambda: help_text(CONF).replace("$", "$$"), replace=True)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")

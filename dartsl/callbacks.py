@@ -1,22 +1,32 @@
 """What a run shows and leaves behind: genotypes, pictures, one line an epoch."""
 
 import logging
-import sys
+import math
+import time
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import RichProgressBar
+import rich
+import rich.progress
+import torch
+from rich.console import Console
+from torch import Tensor
 
 from dartsl.distributed import is_first_process
-from dartsl.genotype import Genotype
+from dartsl.errors import UserError
+from dartsl.genotype import GENOTYPE_FILE, Genotype
+from dartsl.loggers import PICTURE_GROUP, log_picture, takes_pictures
 from dartsl.modules import SearchModule
 from dartsl.modules.resumable import ResumableModule
-from dartsl.visualize import draw_genotype, draw_strengths, save_figure
+from dartsl.modules.search import edge_entropies
+from dartsl.networks import Supernet
+from dartsl.search_space import SearchSpace
+from dartsl.terminal import bars, is_terminal, print_epoch
+from dartsl.visualize import draw_genotype, draw_strengths, rasterize, save_figure
 
 log = logging.getLogger(__name__)
 
-GENOTYPE_FILE = "genotype.yaml"
 BEST_GENOTYPE_FILE = "genotype_best.yaml"
 
 
@@ -41,11 +51,12 @@ class GenotypeWriter(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the epoch's genotype."""
         assert isinstance(pl_module, SearchModule)
+        # In all processes: to read metrics is to exchange whatever was logged since.
+        accuracy = trainer.callback_metrics.get("search/val_accuracy")
         if not trainer.is_global_zero or not pl_module.epoch_is_complete():
             return
         genotype = pl_module.genotype()
         genotype.save(self.dirpath / GENOTYPE_FILE)
-        accuracy = trainer.callback_metrics.get("search/val_accuracy")
         value = 0.0 if accuracy is None else accuracy.item()
         if self.best_accuracy is None or value > self.best_accuracy:
             self.best_accuracy, self.best_genotype = value, genotype
@@ -102,10 +113,123 @@ class CollapseWarning(pl.Callback):
             )
 
 
-class EpochLines(pl.Callback):
-    """Prints one plain line an epoch: loss and accuracy of both halves, and the learning rate."""
+class ArchitectureLogger(pl.Callback):
+    """Logs every epoch what alpha is about to choose, as numbers and as pictures.
+
+    Numbers go to all loggers: strength and entropy of every edge, and how many edges of the
+    genotype the epoch before did not have. Pictures of the cells and of the edge weights go to
+    those that take pictures.
+
+    Args:
+        pictures_every_n_epochs: and after the last one; 0 draws none. A set takes 0.4 s.
+    """
+
+    def __init__(self, pictures_every_n_epochs: int = 1) -> None:
+        if pictures_every_n_epochs < 0:
+            raise UserError(
+                f"pictures_every_n_epochs={pictures_every_n_epochs} must be at least 0 (none)."
+            )
+        self.pictures_every_n_epochs = pictures_every_n_epochs
+        self.last: Genotype | None = None
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the epoch's edges, genotype and pictures."""
+        assert isinstance(pl_module, SearchModule)
+        if not pl_module.epoch_is_complete():
+            return
+        supernet, genotype = pl_module.supernet, pl_module.genotype()
+        for kind, weights in supernet.strengths().items():
+            strengths, entropies = edge_strengths(weights, supernet.space), edge_entropies(weights)
+            pl_module.log_epoch(f"alpha/{kind}_edge_strength/", by_edge(strengths, supernet.space))
+            pl_module.log_epoch(f"alpha/{kind}_edge_entropy/", by_edge(entropies, supernet.space))
+        if self.last is not None:
+            pl_module.log_epoch(
+                "alpha/", {"genotype_distance": float(genotype.distance(self.last))}
+            )
+        self.last = genotype
+        if self.draws(trainer):
+            self.log_pictures(trainer, genotype, supernet)
+
+    def draws(self, trainer: pl.Trainer) -> bool:
+        """Whether pictures of this epoch are wanted, and somebody takes them."""
+        done, every = trainer.current_epoch + 1, self.pictures_every_n_epochs
+        wanted = every > 0 and (done % every == 0 or done == trainer.max_epochs)
+        return wanted and trainer.is_global_zero and any(map(takes_pictures, trainer.loggers))
+
+    def log_pictures(self, trainer: pl.Trainer, genotype: Genotype, supernet: Supernet) -> None:
+        """Log the cells and the edge weights."""
+        title = f"Epoch {trainer.current_epoch + 1}"
+        figures = {
+            f"{PICTURE_GROUP}/genotype": draw_genotype(genotype, title),
+            f"{PICTURE_GROUP}/edge_weights": draw_strengths(
+                supernet.strengths(), supernet.space, title
+            ),
+        }
+        step = trainer.global_step - 1  # as Lightning counts when it logs an epoch's metrics
+        for name, figure in figures.items():
+            pixels = rasterize(figure)
+            for logger in trainer.loggers:
+                log_picture(logger, name, pixels, step, trainer.current_epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last epoch's genotype, as plain data."""
+        return {"last": None if self.last is None else repr(self.last)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the last epoch's genotype."""
+        last = state_dict["last"]
+        self.last = None if last is None else Genotype.parse(last)
+
+
+def edge_strengths(weights: Tensor, space: SearchSpace) -> Tensor:
+    """How strong each edge is, [E]: its largest weight of [E, P] but that of 'none' (section 2.4).
+
+    Args:
+        weights: after the relaxation.
+        space: names the columns.
+    """
+    columns = [i for i, primitive in enumerate(space.primitives) if primitive != "none"]
+    return weights[:, columns].amax(dim=1)
+
+
+def by_edge(values: Tensor, space: SearchSpace) -> dict[str, Tensor]:
+    """Values [E] by the names of their edges, in letters that every logger takes."""
+    names = (f"node_{node}_from_{source}" for node, source in space.edges)
+    return dict(zip(names, values, strict=True))
+
+
+class SystemLogger(pl.Callback):
+    """Logs every epoch what it took: seconds, validation included, and a GPU's peak memory."""
 
     def __init__(self) -> None:
+        self.begun: float | None = None
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
+        self.begun = time.monotonic()
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the epoch, unless a resume began within it."""
+        assert isinstance(pl_module, ResumableModule)
+        if self.begun is None or not pl_module.epoch_is_complete():
+            return
+        used = {"epoch_seconds": time.monotonic() - self.begun}
+        if pl_module.device.type == "cuda":
+            used["peak_memory_gib"] = torch.cuda.max_memory_allocated(pl_module.device) / 2**30
+        pl_module.log_epoch("system/", used)
+
+
+class EpochLines(pl.Callback):
+    """Prints every epoch: loss and accuracy of both halves, the learning rate, the genotype.
+
+    Args:
+        console: where to; the standard output.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console
         self.epoch: int | None = None
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -116,40 +240,118 @@ class EpochLines(pl.Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the epoch before."""
-        self.print_line(trainer)
+        self.print_line(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the last epoch."""
-        self.print_line(trainer)
+        self.print_line(trainer, pl_module)
 
-    def print_line(self, trainer: pl.Trainer) -> None:
+    def print_line(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print what was logged of the epoch that ended, once."""
         if self.epoch is None or not trainer.is_global_zero:
             return
         metrics = {
-            name.split("/")[1]: v for name, v in trainer.callback_metrics.items() if "/" in name
+            name.split("/")[1]: value.item()
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith(("search/", "train/"))
         }
-        parts = [f"epoch {self.epoch + 1:>3}/{trainer.max_epochs}"]
-        for half in ("train", "val"):
-            if f"{half}_loss" in metrics:
-                loss, accuracy = metrics[f"{half}_loss"], metrics[f"{half}_accuracy"]
-                parts.append(f"{half}: loss {loss:.3f}, accuracy {100 * accuracy:.2f} %")
-        if "learning_rate" in metrics:
-            parts.append(f"learning rate {metrics['learning_rate']:.4g}")
-        print("   ".join(parts), flush=True)
+        genotype = pl_module.genotype() if isinstance(pl_module, SearchModule) else None
+        console = self.console or rich.get_console()
+        print_epoch(console, self.epoch + 1, trainer.max_epochs, metrics, genotype)
         self.epoch = None
 
 
-class Progress(RichProgressBar):
-    """The batches of an epoch as a bar with the time left; nothing where output is no terminal."""
+class Progress(pl.callbacks.ProgressBar):
+    """In a terminal, the epochs of a run and the steps of the present one, with the time left.
 
-    def __init__(self) -> None:
-        super().__init__(leave=False)
-        if not sys.stdout.isatty():
-            self.disable()
+    Args:
+        console: where to; the standard output.
+    """
 
-    def get_metrics(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule
-    ) -> dict[str, int | str | float | dict[str, float]]:
-        """No metrics: `EpochLines` prints them."""
-        return {}
+    def __init__(self, console: Console | None = None) -> None:
+        super().__init__()
+        self.console = console or rich.get_console()
+        self.enabled = is_terminal(self.console)
+        self.bars: rich.progress.Progress | None = None
+        self.epochs: rich.progress.TaskID | None = None
+        self.steps: rich.progress.TaskID | None = None
+        self.counted: str | None = None
+
+    def disable(self) -> None:
+        """Show nothing; Lightning's word to all processes but the first."""
+        self.enabled = False
+
+    def enable(self) -> None:
+        """Show the bars."""
+        self.enabled = True
+
+    def start(self) -> None:
+        """Show the bars, if they are not shown yet."""
+        if self.enabled and self.bars is None:
+            self.bars = bars(self.console)
+            self.bars.start()
+
+    def stop(self) -> None:
+        """Take the bars away."""
+        if self.bars is not None:
+            self.bars.stop()
+        self.bars = self.epochs = self.steps = self.counted = None
+
+    def count(self, what: str, done: int, total: float) -> None:
+        """Show how many steps of a pass are done."""
+        if self.bars is None:
+            return
+        whole = int(total) if math.isfinite(total) else None
+        if self.steps is None:
+            self.steps = self.bars.add_task(what, total=whole)
+        if what != self.counted:  # time it anew
+            self.bars.reset(self.steps, description=what, total=whole)
+            self.counted = what
+        self.bars.update(self.steps, completed=done)
+
+    def count_epochs(self, trainer: pl.Trainer, trained: int, validated: int = 0) -> None:
+        """Show how many epochs are done, and the present one's share."""
+        if self.bars is None:
+            return
+        most = trainer.max_epochs
+        whole = most if most is not None and most > 0 else None
+        if self.epochs is None:
+            self.epochs = self.bars.add_task("Epochs", total=whole, completed=trainer.current_epoch)
+        steps = trainer.num_training_batches + sum(trainer.num_val_batches)
+        share = (trained + validated) / steps if math.isfinite(steps) else 0.0
+        self.bars.update(self.epochs, completed=trainer.current_epoch + share)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show the bars."""
+        self.start()
+        self.count_epochs(trainer, 0)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Count a training batch."""
+        done = args[-1] + 1
+        self.count_epochs(trainer, done)
+        self.count(f"Epoch {trainer.current_epoch + 1}", done, trainer.num_training_batches)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Count a validation batch."""
+        done = trainer.fit_loop.epoch_loop.val_loop.batch_progress.current.ready
+        self.count_epochs(trainer, int(trainer.num_training_batches), done)
+        self.count("Validation", done, sum(trainer.num_val_batches))
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show the bar of a test."""
+        self.start()
+
+    def on_test_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Count a test batch."""
+        self.count(
+            "Test", trainer.test_loop.batch_progress.current.ready, sum(trainer.num_test_batches)
+        )
+
+    def on_exception(self, *_: Any) -> None:
+        """Leave the terminal as it was."""
+        self.stop()
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        """Leave the terminal as it was."""
+        self.stop()

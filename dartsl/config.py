@@ -24,6 +24,7 @@ from hydra.errors import (
     MissingConfigException,
     OverrideParseException,
 )
+from hydra.types import RunMode
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
@@ -35,6 +36,26 @@ from dartsl.errors import UserError, unknown
 
 # So that an image folder's number of classes is never typed: conf/data/image_folder.yaml.
 OmegaConf.register_new_resolver("count_classes", count_classes, replace=True)
+
+
+def run_group() -> str:
+    """What the runs of one sweep have in common: the experiment's name and the sweep's folder."""
+    hydra = HydraConfig.get()
+    experiment = str(hydra.runtime.choices["experiment"])
+    sweep = hydra.mode == RunMode.MULTIRUN
+    return f"{experiment}/{Path(hydra.sweep.dir).name}" if sweep else experiment
+
+
+def run_tags() -> list[str]:
+    """The names of the choices that make a run what it is."""
+    choices = HydraConfig.get().runtime.choices
+    groups = ("experiment", "data", "method", "genotype", "hardware")
+    return [str(choices[group]) for group in groups if choices.get(group) is not None]
+
+
+# For conf/logger/wandb.yaml.
+OmegaConf.register_new_resolver("run_group", run_group, replace=True)
+OmegaConf.register_new_resolver("run_tags", run_tags, replace=True)
 
 # ---- checks --------------------------------------------------------------------------------------
 

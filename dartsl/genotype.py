@@ -6,6 +6,7 @@ code: 0 and 1 are a cell's inputs (the outputs of the cell before the last and o
 """
 
 import ast
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,9 @@ from dartsl.errors import UserError, unknown
 from dartsl.files import whole_file
 
 Edge = tuple[str, int]
+
+GENOTYPE_FILE = "genotype.yaml"
+"""What a search calls its result."""
 
 _FIELDS = ("normal", "normal_concat", "reduce", "reduce_concat")
 _TARGET = "dartsl.genotype.Genotype"
@@ -54,6 +58,18 @@ class Genotype:
     def primitives(self) -> frozenset[str]:
         """Names of the primitives that occur in either cell."""
         return frozenset(primitive for primitive, _ in self.normal + self.reduce)
+
+    def distance(self, other: "Genotype") -> int:
+        """How many edges of this genotype the other one has not; a node's two have no order."""
+        return (self._edges() - other._edges()).total()
+
+    def _edges(self) -> Counter[tuple[str, int, str, int]]:
+        """The edges of both cells, each with its cell and node."""
+        return Counter(
+            (cell, index // 2, *edge)
+            for cell in ("normal", "reduce")
+            for index, edge in enumerate(getattr(self, cell))
+        )
 
     @classmethod
     def parse(cls, text: str) -> Self:

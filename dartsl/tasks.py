@@ -6,8 +6,7 @@ A task takes the composed config and returns the number that a sweeper maximises
 import functools
 import io
 import logging
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, cast
@@ -19,9 +18,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from dartsl.callbacks import GENOTYPE_FILE
+from dartsl.callbacks import BEST_GENOTYPE_FILE
 from dartsl.checkpoints import LAST, PREVIOUS, find_fault, find_whole
 from dartsl.config import (
     build,
@@ -39,12 +39,14 @@ from dartsl.config import (
 from dartsl.distributed import is_first_process
 from dartsl.errors import UserError, unknown
 from dartsl.files import whole_file
-from dartsl.genotype import Genotype
+from dartsl.genotype import GENOTYPE_FILE, Genotype
 from dartsl.interop import load_official_network
+from dartsl.loggers import finished_runs, publish
 from dartsl.modules.resumable import check_same_tensors
 from dartsl.networks import FinalNetwork, Supernet
 from dartsl.networks.regions import compile_regions
 from dartsl.processes import processes
+from dartsl.terminal import print_command, print_summary
 from dartsl.visualize import draw_genotype, save_figure
 
 log = logging.getLogger(__name__)
@@ -84,8 +86,8 @@ def search(cfg: DictConfig) -> float | None:
     with running(cfg) as (trainer, data):
         compile_network(cfg, trainer, module.supernet, getattr(module.hypergradient, "product", ""))
         trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
-    if is_first_process():
-        report_genotype(cfg)
+        if is_first_process():
+            report_genotype(cfg, trainer, publish_search(cfg, trainer))
     return metric(trainer, "search/val_accuracy")
 
 
@@ -104,8 +106,9 @@ def train(cfg: DictConfig) -> float | None:
         compile_network(cfg, trainer, module.network)
         trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
         validation = metric(trainer, "train/val_accuracy")
+        trained = scores(trainer, "train")
         trainer.test(module, datamodule=data, verbose=False)
-    test = report_test(trainer)
+    test = report_test(cfg, trainer, trained)
     return test if validation is None else validation
 
 
@@ -126,7 +129,7 @@ def evaluate(cfg: DictConfig) -> float | None:
     module = build(cfg.module)(network=network)
     with running(cfg) as (trainer, data):
         trainer.test(module, datamodule=data, verbose=False)
-    return report_test(trainer)
+    return report_test(cfg, trainer, {})
 
 
 def draw(cfg: DictConfig) -> None:
@@ -151,7 +154,7 @@ def quick_start(cfg: DictConfig) -> float | None:
     trained = compose_experiment(cfg.experiments[1], steps[1], "genotype=from_file", genotype)
     search(searched)
     accuracy = train(trained)
-    print(f"Next:     {command(f'experiment={cfg.next_experiment}')}")
+    print_command(command(f"experiment={cfg.next_experiment}"))
     return accuracy
 
 
@@ -183,8 +186,8 @@ def prepare(cfg: DictConfig) -> None:
     pl.seed_everything(cfg.seed, verbose=False)
 
 
-def announce(cfg: DictConfig) -> None:
-    """Show and keep the config of a run that is about to start."""
+def announce(cfg: DictConfig, loggers: Iterable[Logger]) -> None:
+    """Show, keep and log the config of a run that is about to start."""
     if not is_first_process():
         return
     plain = resolved(cfg)
@@ -192,6 +195,9 @@ def announce(cfg: DictConfig) -> None:
         OmegaConf.save(plain, part)
     if cfg.print_config:
         print_tree(plain)
+    values = cast(dict[str, Any], OmegaConf.to_container(plain))
+    for logger in loggers:
+        logger.log_hyperparams(values)
 
 
 def build_trainer(cfg: DictConfig) -> pl.Trainer:
@@ -229,7 +235,7 @@ def running(cfg: DictConfig) -> Iterator[tuple[pl.Trainer, pl.LightningDataModul
     """The trainer and the data of a run; within, the trainer's other processes run it too."""
     trainer = build_trainer(cfg)
     data = instantiate(cfg.data)
-    announce(cfg)
+    announce(cfg, trainer.loggers)
     with processes(trainer, run_as_other, OmegaConf.to_container(cfg, resolve=True)):
         yield trainer, data
 
@@ -362,19 +368,52 @@ def report_finished(path: Path) -> float | None:
     return value
 
 
-def report_genotype(cfg: DictConfig) -> None:
-    """Print where a search left its genotype, and the command to type next."""
-    print(f"\nGenotype: {relative(cfg.output_dir)}/{GENOTYPE_FILE}")
-    print(f"Cells:    {relative(cfg.output_dir)}/cells.png")
+def publish_search(cfg: DictConfig, trainer: pl.Trainer) -> str | None:
+    """Publish a search's genotype and its checkpoint; returns the genotype's name if it has one."""
+    folder = Path(cfg.output_dir)
+    about = {"experiment": HydraConfig.get().runtime.choices["experiment"], "seed": cfg.seed}
+    about |= {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("search/")}
+    publish(trainer.loggers, "checkpoint", [folder / "checkpoints" / LAST], about)
+    genotypes = [folder / name for name in (GENOTYPE_FILE, BEST_GENOTYPE_FILE)]
+    return publish(trainer.loggers, "genotype", genotypes, about)
+
+
+def report_genotype(cfg: DictConfig, trainer: pl.Trainer, artifact: str | None) -> None:
+    """Print what a search found, where it lies, and the command to type next."""
+    folder = relative(cfg.output_dir)
+    rows = {
+        **scores(trainer, "search"),
+        "Genotype": f"{folder}/{GENOTYPE_FILE}",
+        "Best": f"{folder}/{BEST_GENOTYPE_FILE}",
+        "Cells": f"{folder}/cells.png",
+    }
+    if artifact is not None:
+        rows["Artifact"] = artifact
+    print_summary("The search", rows)
     if cfg.next_experiment is not None:
-        print(f"Next:     {next_command(cfg)}")
+        print_command(next_command(cfg))
 
 
-def report_test(trainer: pl.Trainer) -> float:
-    """Print and return the test accuracy."""
+def report_test(cfg: DictConfig, trainer: pl.Trainer, before: Mapping[str, str]) -> float:
+    """Print what a test came to, below what came before it; returns the accuracy."""
     accuracy = trainer.callback_metrics["test/accuracy"].item()
-    print(f"\nTest accuracy: {100 * accuracy:.2f} %   (error {100 * (1 - accuracy):.2f} %)")
+    error = 100 * (1 - accuracy)
+    rows = {**before, "Test accuracy": f"{100 * accuracy:.2f} %   (error {error:.2f} %)"}
+    checkpoint = Path(cfg.output_dir) / "checkpoints" / LAST
+    if checkpoint.exists():
+        rows["Checkpoint"] = relative(checkpoint)
+    print_summary("The network", rows)
     return accuracy
+
+
+def scores(trainer: pl.Trainer, group: str) -> dict[str, str]:
+    """Loss and accuracy of both halves after the last epoch, as far as they were logged."""
+    found = {}
+    for half, name in (("train", "Training"), ("val", "Validation")):
+        loss, accuracy = (metric(trainer, f"{group}/{half}_{of}") for of in ("loss", "accuracy"))
+        if loss is not None and accuracy is not None:
+            found[name] = f"loss {loss:.3f}, accuracy {100 * accuracy:.2f} %"
+    return found
 
 
 def next_command(cfg: DictConfig) -> str:
@@ -400,9 +439,6 @@ def run(cfg: DictConfig) -> float | None:
     """
     if cfg.task not in TASKS:
         raise unknown("task", cfg.task, TASKS)
-    try:
-        with nullcontext() if is_first_process() else redirect_stdout(io.StringIO()):
-            return TASKS[cfg.task](cfg)
-    finally:
-        if "wandb" in sys.modules:  # or the next job of a sweep would log into this one's run
-            sys.modules["wandb"].finish()
+    quiet = nullcontext() if is_first_process() else redirect_stdout(io.StringIO())
+    with quiet, finished_runs():
+        return TASKS[cfg.task](cfg)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
@@ -370,6 +371,15 @@ def save_figure(figure: Figure, path: str | Path) -> list[Path]:
         with whole_file(target) as part, _style():
             figure.savefig(part, format=suffix, dpi=200, metadata=metadata)
     return targets
+
+
+def rasterize(figure: Figure, dpi: int = 150) -> np.ndarray:
+    """A picture's pixels, [H, W, 3] bytes; what a logger takes."""
+    with _style():
+        figure.set_dpi(dpi)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 @contextmanager

@@ -1,22 +1,33 @@
 """What a run leaves behind, epoch by epoch."""
 
+import itertools
 import logging
+import math
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from dartsl import callbacks
-from dartsl.callbacks import CollapseWarning, EpochLines, GenotypeWriter
+from dartsl.callbacks import (
+    ArchitectureLogger,
+    CollapseWarning,
+    EpochLines,
+    GenotypeWriter,
+    SystemLogger,
+)
 from dartsl.data import Digits
+from dartsl.errors import UserError
 from dartsl.genotype import Genotype
 from dartsl.hypergradient import FirstOrder
 from dartsl.modules import SearchModule
 from dartsl.networks import Supernet
-from dartsl.search_space import SearchSpace
+from dartsl.search_space import SearchSpace, random_genotype
 
 SPACE = SearchSpace(("none", "skip_connect", "avg_pool_3x3"), 2)
 
@@ -33,11 +44,12 @@ def search(*used: pl.Callback, alpha_rate: float = 0.3, **options: Any) -> Searc
     data = Digits(num_classes=10, in_channels=1, image_size=8, mean=[0.3], std=[0.4],
                   batch_size=20, max_images=60)  # fmt: skip
     ckpt_path = options.pop("ckpt_path", None)
+    bars = any(isinstance(c, pl.callbacks.ProgressBar) for c in used)
     trainer = pl.Trainer(
-        **{"max_epochs": 2, "log_every_n_steps": 1} | options,
-        callbacks=list(used), accelerator="cpu", logger=False, enable_model_summary=False,
+        **{"max_epochs": 2, "log_every_n_steps": 1, "logger": False} | options,
+        callbacks=list(used), accelerator="cpu", enable_model_summary=False,
         enable_checkpointing=any(isinstance(c, pl.callbacks.Checkpoint) for c in used),
-        num_sanity_val_steps=0, enable_progress_bar=False,
+        num_sanity_val_steps=0, enable_progress_bar=bars,
     )  # fmt: skip
     trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
     return module
@@ -106,6 +118,100 @@ def test_skip_connections_that_take_over_are_warned_of(
     assert len(caplog.records) == warnings
     if warnings:
         assert "4 of the normal cell's 4 edges are skip connections" in caplog.text
+
+
+def logged_by(*used: pl.Callback, **options: Any) -> tuple[SearchModule, list[dict[str, float]]]:
+    """A search, and what was known of it after every epoch."""
+    seen: list[dict[str, float]] = []
+
+    class Metrics(pl.Callback):
+        def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            seen.append({k: v.item() for k, v in trainer.callback_metrics.items()})
+
+        on_train_end = on_train_epoch_start
+
+    return search(*used, Metrics(), **options), seen[1:]
+
+
+def test_edges_and_distances_are_logged_every_epoch() -> None:
+    module, seen = logged_by(ArchitectureLogger(), max_epochs=3)
+    assert ["alpha/genotype_distance" in row for row in seen] == [False, True, True]
+    strengths = module.supernet.strengths()["reduce"]
+    for row, (node, source) in zip(strengths.tolist(), SPACE.edges, strict=True):
+        name = f"node_{node}_from_{source}"
+        assert seen[-1][f"alpha/reduce_edge_strength/{name}"] == pytest.approx(max(row[1:]))
+        entropy = -sum(p * math.log(p) for p in row)
+        assert seen[-1][f"alpha/reduce_edge_entropy/{name}"] == pytest.approx(entropy, rel=1e-5)
+
+
+def test_the_distance_is_that_to_the_epoch_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [random_genotype(SPACE, seed) for seed in range(4)]
+    monkeypatch.setattr(SearchModule, "genotype", lambda self: found[self.current_epoch])
+    _, seen = logged_by(ArchitectureLogger(), max_epochs=4)
+    expected = [later.distance(before) for before, later in itertools.pairwise(found)]
+    assert [row["alpha/genotype_distance"] for row in seen[1:]] == expected
+    assert any(expected)
+
+
+def test_watching_changes_nothing() -> None:
+    watched = search(ArchitectureLogger(), SystemLogger()).state_dict()
+    alone = search().state_dict()
+    assert all(torch.equal(watched[name], alone[name]) for name in alone)
+
+
+def test_the_last_genotype_is_plain_data() -> None:
+    logger, other = ArchitectureLogger(), ArchitectureLogger()
+    other.load_state_dict(logger.state_dict())
+    assert other.last is None
+    search(logger)
+    other.load_state_dict(logger.state_dict())
+    assert other.last == logger.last
+    assert isinstance(logger.state_dict()["last"], str)
+
+
+class Pictures(TensorBoardLogger):
+    """A logger that takes pictures, and only counts their epochs."""
+
+    def __init__(self) -> None:
+        super().__init__("unused")
+        self.taken: list[tuple[str, int]] = []
+
+    @property
+    def experiment(self) -> Any:
+        return SimpleNamespace(
+            add_image=lambda name, pixels, step, dataformats: self.taken.append((name, step)),
+            add_scalar=lambda *_: None,
+            flush=lambda: None,
+            close=lambda: None,
+        )
+
+    def save(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("every", "epochs"), [(1, [0, 1, 2]), (2, [1, 2]), (0, [])])
+def test_pictures_come_every_n_epochs_and_at_the_end(every: int, epochs: list[int]) -> None:
+    logger = Pictures()
+    search(ArchitectureLogger(every), max_epochs=3, logger=logger)
+    names = ("cells/genotype", "cells/edge_weights")
+    assert logger.taken == [(name, 3 * epoch + 2) for epoch in epochs for name in names]
+
+
+def test_pictures_are_drawn_for_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(callbacks, "draw_genotype", None)
+    search(ArchitectureLogger(), logger=CSVLogger(tmp_path))
+
+
+def test_a_negative_number_of_epochs_between_pictures() -> None:
+    with pytest.raises(UserError, match="pictures_every_n_epochs=-1 must be at least 0"):
+        ArchitectureLogger(-1)
+
+
+def test_the_seconds_of_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([10.0, 13.0, 20.0, 27.0])
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    _, seen = logged_by(SystemLogger())
+    assert [row["system/epoch_seconds"] for row in seen] == [3.0, 7.0]
 
 
 def test_one_line_an_epoch(capsys: pytest.CaptureFixture[str]) -> None:

@@ -418,3 +418,21 @@ def test_a_misspelt_name_gives_all_choices() -> None:
 def test_what_is_no_cell_is_not_published(name) -> None:
     with pytest.raises(UserError, match="Unknown genotype"):
         published(name)
+
+
+def test_the_distance_counts_the_edges_that_the_other_has_not() -> None:
+    edges = (("sep_conv_3x3", 0), ("skip_connect", 1), ("sep_conv_3x3", 0), ("skip_connect", 1))
+    genotype = Genotype(edges, (2, 3), edges, (2, 3))
+
+    def distance(**changes: object) -> int:
+        other = dataclasses.replace(genotype, **changes)
+        assert genotype.distance(other) == other.distance(genotype)
+        return genotype.distance(other)
+
+    assert distance() == 0
+    assert distance(normal=(edges[1], edges[0], *edges[2:])) == 0  # a node's two have no order
+    assert distance(normal=(*edges[:2], ("skip_connect", 2), edges[3])) == 1
+    assert distance(normal=(*edges[:2], ("sep_conv_3x3", 0), ("sep_conv_3x3", 0))) == 1
+    assert distance(normal=(("skip_connect", 0), ("sep_conv_3x3", 1), *edges[2:])) == 2
+    assert distance(reduce=(("max_pool_3x3", 0),) * 4) == 4
+    assert published("darts_v1").distance(published("darts_v2")) == 5

@@ -24,6 +24,7 @@ from dartsl import tasks
 from dartsl.checkpoints import find_fault
 from dartsl.config import check_types, resolved
 from dartsl.genotype import Genotype, published
+from dartsl.help import help_text
 from dartsl.interop import official_state_dict
 from dartsl.networks import FinalNetwork
 from tests.modules.test_resume import assert_same
@@ -191,6 +192,7 @@ def test_every_choice_composes_with_a_paper_experiment(
         "image_folder": [f"data.root={images}"],
         "imagenet": [f"data.root={images}"],
         "from_file": ["genotype.path=genotype.yaml"],
+        "from_wandb": ["genotype.artifact=team/dartsl/genotype-abc:v0"],
     }
     composed(f"experiment={experiment}", f"{group}={name}", *more.get(name, []))
 
@@ -353,6 +355,12 @@ def test_every_debug_setting(debug: str, command: Command) -> None:
         assert not Path("here/checkpoints").exists()
 
 
+def test_a_debug_setting_has_the_last_word() -> None:
+    overrides = ["experiment=search_digits", "debug=profiler"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        assert compose("config", overrides).trainer.max_epochs == 1
+
+
 # Mistakes
 
 # The command, and below it what the sentence says.
@@ -377,6 +385,10 @@ experiment=search_cifar10 data=image_folder
     The command lacks data.root=...
 experiment=search_cifar10 data=image_folder data.root=nowhere
     No class folders in nowhere/train
+experiment=search_digits logger=wandb logger.wandb.mode=ofline
+    logger.wandb.mode=ofline must be one of online, offline, disabled
+experiment=train_digits genotype=from_wandb
+    The command lacks genotype.artifact=...
 experiment=search_digits ckpt_path=nothing.ckpt
     No checkpoint at 'nothing.ckpt'
 experiment=search_digits ckpt_path=last
@@ -470,10 +482,11 @@ def test_cifar10_that_cannot_be_had(command: Command, monkeypatch) -> None:
     assert "data=image_folder data.root=FOLDER" in result.error
 
 
-def test_help_lists_every_group(command: Command) -> None:
+def test_help_explains_commands_groups_and_choices(command: Command) -> None:
     result = command("--help")
-    for group in ("experiment", "method", "hardware", "logger", "genotype", "data", "debug"):
-        assert f"{group}: {', '.join(options(group))}" in result.out
+    assert result.code == 0
+    assert help_text(CONF) in result.out
+    assert "ckpt_path=last" in result.out
 
 
 @pytest.mark.slow

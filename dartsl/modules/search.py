@@ -205,11 +205,11 @@ class SearchModule(ResumableModule):
         genotype = self.genotype()
         for kind, strengths in self.supernet.strengths().items():
             skips = sum(primitive == "skip_connect" for primitive, _ in getattr(genotype, kind))
-            self.log_epoch(f"alpha/{kind}_", {"entropy": entropy(strengths)})
+            self.log_epoch(f"alpha/{kind}_", {"entropy": edge_entropies(strengths).mean()})
             self.log_epoch(f"alpha/{kind}_", {"skip_connections": float(skips)})
 
 
-def entropy(strengths: Tensor) -> Tensor:
-    """Mean entropy of the edges' weights in nats, of strengths [E, P]; log P when undecided."""
+def edge_entropies(strengths: Tensor) -> Tensor:
+    """Entropy [E] of each edge's weights in nats, of strengths [E, P]; log P when undecided."""
     share = strengths / strengths.sum(dim=1, keepdim=True)
-    return torch.special.entr(share).sum(dim=1).mean()
+    return torch.special.entr(share).sum(dim=1)
