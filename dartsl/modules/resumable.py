@@ -39,7 +39,7 @@ class EpochMetrics(nn.Module):
 
     @torch.no_grad()
     def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Count a batch: its mean loss, logits [B, K] and labels [B]; no loss that is not finite."""
+        """Count a batch: its mean loss (if finite), logits [B, K] and labels [B]."""
         weight = len(labels) * loss.detach().isfinite().to(loss.dtype)
         self.loss.update(loss.detach().nan_to_num(0.0, 0.0, 0.0), weight=weight)
         self.accuracy.update((logits.argmax(1) == labels).float())
