@@ -14,6 +14,7 @@ from typing import Any, Self
 import yaml
 
 from dartsl.errors import UserError, unknown
+from dartsl.files import whole_file
 
 Edge = tuple[str, int]
 
@@ -105,12 +106,8 @@ class Genotype:
         text = yaml.safe_dump(
             {"_target_": _TARGET, **fields}, sort_keys=False, default_flow_style=None
         )
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Whole or not at all: a search killed here leaves the genotype of the epoch before.
-        part = target.with_name(target.name + ".part")
-        part.write_text(text, encoding="utf-8")
-        part.replace(target)
+        with whole_file(path) as part:  # a search killed here leaves that of the epoch before
+            part.write_text(text, encoding="utf-8")
 
     @classmethod
     def _from_fields(cls, fields: Mapping[Any, Any]) -> Self:

@@ -34,11 +34,11 @@ from dartsl.config import (
 )
 from dartsl.distributed import is_first_process
 from dartsl.errors import UserError, unknown
-from dartsl.genotype import Genotype
+from dartsl.genotype import Genotype, published
 from dartsl.interop import load_official_network
 from dartsl.modules.resumable import check_same_tensors
 from dartsl.processes import processes
-from dartsl.visualize import draw_genotype, save_figure
+from dartsl.visualize import draw_genotypes, save_figure
 
 log = logging.getLogger(__name__)
 
@@ -94,10 +94,12 @@ def evaluate(cfg: DictConfig) -> float:
 
 
 def draw(cfg: DictConfig) -> None:
-    """A picture of a genotype's cells, as PNG and SVG."""
+    """A picture of the cells of one genotype, or of several side by side, as PNG and SVG."""
     check_missing(cfg)
-    genotype = find_genotype(cfg)
-    for path in save_figure(draw_genotype(genotype, cfg.title), Path(cfg.output_dir) / "cells"):
+    named = [(str(name), find_named_genotype(str(name))) for name in cfg.genotypes or ()]
+    if cfg.get("genotype") is not None or not named:
+        named.insert(0, (cfg.title or "", find_genotype(cfg)))
+    for path in save_figure(draw_genotypes(named), Path(cfg.output_dir) / "cells"):
         print(relative(path))
 
 
@@ -203,6 +205,16 @@ def find_genotype(cfg: DictConfig) -> Genotype:
             "(genotype=from_file genotype.path=FILE)."
         )
     return instantiate(cfg.genotype)
+
+
+def find_named_genotype(name: str) -> Genotype:
+    """The genotype in a file of this path, or else the published one of this name.
+
+    Raises:
+        UserError: where there is neither.
+    """
+    path = Path(name)
+    return Genotype.load(path) if path.is_file() or path.name != name else published(name)
 
 
 def find_checkpoint(cfg: DictConfig) -> str | None:

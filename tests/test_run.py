@@ -318,6 +318,16 @@ def test_draw(name: str, command: Command) -> None:
     assert Path("pictures/cells.svg").read_text().startswith("<?xml")
 
 
+def test_draw_several_side_by_side(command: Command) -> None:
+    published("nasnet").save("found.yaml")
+    given = ("genotypes=[darts_v1,found.yaml]", "genotype=random", "hydra.run.dir=pictures")
+    result = command("experiment=draw", *given)
+    assert result.code == 0, result.error
+    svg = Path("pictures/cells.svg").read_text()
+    for edge, number in (("normal-edge-7", 3), ("normal-edge-9", 1)):
+        assert svg.count(f'id="{edge}"') == number
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("logger", options("logger"))
 def test_every_logger_works_without_an_account(logger: str, command: Command) -> None:
@@ -419,6 +429,10 @@ experiment=evaluate genotype=darts_v2 ckpt_path=no.pt
     there is no such file
 experiment=draw
     No genotype
+experiment=draw genotypes=[darts_v1,drats_v2]
+    Unknown genotype 'drats_v2'. Did you mean 'darts_v2'?
+experiment=draw genotypes=[outputs/no.yaml]
+    Cannot read the genotype file 'outputs/no.yaml'
 ckpt_path=last
     The quick start does not resume
 """
