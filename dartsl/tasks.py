@@ -1,4 +1,4 @@
-"""What `run.py` can do: search, train, evaluate, draw, and the quick start.
+"""What `run.py` can do: search, train, evaluate, draw, report, and the quick start.
 
 A task takes the composed config and returns the number that a sweeper maximises.
 """
@@ -33,11 +33,14 @@ from dartsl.config import (
     resolved,
 )
 from dartsl.distributed import is_first_process
+from dartsl.environment import environment
 from dartsl.errors import UserError, unknown
 from dartsl.genotype import Genotype, published
 from dartsl.interop import load_official_network
 from dartsl.modules.resumable import check_same_tensors
 from dartsl.processes import processes
+from dartsl.report import leave_report, write_report
+from dartsl.report.runs import CONFIG_FILE, ENVIRONMENT_FILE
 from dartsl.visualize import draw_genotypes, save_figure
 
 log = logging.getLogger(__name__)
@@ -51,6 +54,7 @@ def search(cfg: DictConfig) -> float | None:
     cfg.ckpt_path = find_checkpoint(cfg)
     with running(cfg) as (trainer, data):
         trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
+    leave_report(cfg.output_dir)
     if is_first_process():
         report_genotype(cfg)
     return metric(trainer, "search/val_accuracy")
@@ -67,10 +71,13 @@ def train(cfg: DictConfig) -> float | None:
     module = build(cfg.module)(network=network)
     cfg.ckpt_path = find_checkpoint(cfg)
     with running(cfg) as (trainer, data):
+        if is_first_process():
+            network.genotype.save(Path(cfg.output_dir) / GENOTYPE_FILE)
         trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
         validation = metric(trainer, "train/val_accuracy")
         trainer.test(module, datamodule=data, verbose=False)
     test = report_test(trainer)
+    leave_report(cfg.output_dir)
     return test if validation is None else validation
 
 
@@ -100,6 +107,13 @@ def draw(cfg: DictConfig) -> None:
     if cfg.get("genotype") is not None or not named:
         named.insert(0, (cfg.title or "", find_genotype(cfg)))
     for path in save_figure(draw_genotypes(named), Path(cfg.output_dir) / "cells"):
+        print(relative(path))
+
+
+def report(cfg: DictConfig) -> None:
+    """The report of a run or a sweep, made again from its folder."""
+    check_missing(cfg)
+    for path in write_report(cfg.run_dir):
         print(relative(path))
 
 
@@ -154,7 +168,9 @@ def announce(cfg: DictConfig) -> None:
     plain = resolved(cfg)
     output_dir = Path(cfg.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(plain, output_dir / "config.yaml")
+    OmegaConf.save(plain, output_dir / CONFIG_FILE)
+    ran_on = {"command": command(*HydraConfig.get().overrides.task), **environment()}
+    OmegaConf.save(ran_on, output_dir / ENVIRONMENT_FILE)
     if cfg.print_config:
         print_tree(plain)
 
@@ -291,7 +307,7 @@ def next_command(cfg: DictConfig) -> str:
     )
 
 
-TASKS = {task.__name__: task for task in (search, train, evaluate, draw, quick_start)}
+TASKS = {task.__name__: task for task in (search, train, evaluate, draw, report, quick_start)}
 
 
 def run(cfg: DictConfig) -> float | None:
