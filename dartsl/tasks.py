@@ -39,7 +39,7 @@ from dartsl.genotype import Genotype, published
 from dartsl.interop import load_official_network
 from dartsl.modules.resumable import check_same_tensors
 from dartsl.processes import processes
-from dartsl.report import leave_report, write_report
+from dartsl.report import REPORT_FILE, leave_report, write_report
 from dartsl.report.runs import CONFIG_FILE, ENVIRONMENT_FILE
 from dartsl.visualize import draw_genotypes, save_figure
 
@@ -78,6 +78,7 @@ def train(cfg: DictConfig) -> float | None:
         trainer.test(module, datamodule=data, verbose=False)
     test = report_test(trainer)
     leave_report(cfg.output_dir)
+    print_report(cfg)
     return test if validation is None else validation
 
 
@@ -130,6 +131,7 @@ def quick_start(cfg: DictConfig) -> float | None:
     trained = compose_experiment(cfg.experiments[1], steps[1], "genotype=from_file", genotype)
     search(searched)
     accuracy = train(trained)
+    leave_report(folder)
     print(f"Next:     {command(f'experiment={cfg.next_experiment}')}")
     return accuracy
 
@@ -284,8 +286,16 @@ def report_genotype(cfg: DictConfig) -> None:
     """Print where a search left its genotype, and the command to type next."""
     print(f"\nGenotype: {relative(cfg.output_dir)}/{GENOTYPE_FILE}")
     print(f"Cells:    {relative(cfg.output_dir)}/cells.png")
+    print_report(cfg)
     if cfg.next_experiment is not None:
         print(f"Next:     {next_command(cfg)}")
+
+
+def print_report(cfg: DictConfig) -> None:
+    """Print where the report is, if it could be written."""
+    path = Path(cfg.output_dir) / REPORT_FILE
+    if path.exists():
+        print(f"Report:   {relative(path)}")
 
 
 def report_test(trainer: pl.Trainer) -> float:

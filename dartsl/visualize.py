@@ -79,6 +79,12 @@ def color_of(primitive: str) -> str:
     return COLORS.get(primitive, OTHER_COLOR)
 
 
+def in_order(primitives: Iterable[str]) -> list[str]:
+    """Different primitives in the order of every legend."""
+    order = {name: rank for rank, name in enumerate(COLORS)}
+    return sorted(set(primitives), key=lambda name: (order.get(name, len(order)), name))
+
+
 def draw_genotype(genotype: Genotype, title: str | None = None) -> Figure:
     """Both cells of a genotype, the normal cell above the reduction cell.
 
@@ -134,10 +140,9 @@ def _draw_cells(figure: Figure, cells: Mapping[str, CellLayout], left: float, to
 
 def _legend_rows(primitives: Iterable[str], width: float) -> list[list[tuple[float, str]]]:
     """Rows of (x, primitive) from left to right; the order is the same in every picture."""
-    order = {name: rank for rank, name in enumerate(COLORS)}
     rows: list[list[tuple[float, str]]] = [[]]
     x = MARGIN
-    for name in sorted(set(primitives), key=lambda name: (order.get(name, len(order)), name)):
+    for name in in_order(primitives):
         entry = _SWATCH + label_width_of(len(name))
         if rows[-1] and x + entry > width - MARGIN:
             rows.append([])
@@ -317,7 +322,9 @@ def draw_epochs(
         {kind: _checked_values(kind, epoch[kind], space) for kind in CELL_KINDS}
         for epoch in strengths
     ]
-    scale = _color_scale([weights for epoch in values for weights in epoch.values()])
+    finite = np.concatenate([w[np.isfinite(w)] for epoch in values for w in epoch.values()])
+    # Not from 0, or nobody would see that weights that began as one drift apart.
+    scale = Normalize(min(finite, default=0), max(finite, default=1))
     primitives = {name for genotype in genotypes for name in genotype.primitives}
     pairs = enumerate(zip(genotypes, values, strict=True), start=1)
     for number, (genotype, weights) in pairs:

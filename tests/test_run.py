@@ -23,6 +23,7 @@ from dartsl.genotype import Genotype, published
 from dartsl.interop import official_state_dict
 from dartsl.networks import FinalNetwork
 from tests.modules.test_resume import assert_same
+from tests.reports import report_content
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
@@ -123,6 +124,7 @@ def experiment_arguments(name: str, images: Path, checkpoint: Path) -> list[str]
         return ["genotype=darts_v2", f"ckpt_path={checkpoint}", *small]
     return {
         "draw": ["genotype=darts_v2"],
+        "report": ["run_dir=run"],
         "quick_start": ["data.max_images=24", "trainer.max_epochs=1"],
     }[name]
 
@@ -134,6 +136,11 @@ def test_every_experiment_runs(name: str, images: Path, command: Command, tmp_pa
     with torch.random.fork_rng():
         network = FinalNetwork(published("darts_v2"), channels=4, num_cells=3, num_classes=3)
     torch.save(official_state_dict(network), checkpoint)
+    if name == "report":
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "history.jsonl").write_text(
+            json.dumps({"epoch": 0, "seconds": 1.5, "metrics": {"train/train_loss": 2.5}}) + "\n"
+        )
     arguments = experiment_arguments(name, images, checkpoint)
     result = command(f"experiment={name}", *arguments)
     assert result.code == 0, result.error
@@ -141,8 +148,9 @@ def test_every_experiment_runs(name: str, images: Path, command: Command, tmp_pa
         assert 0 <= result.accuracy <= 100
     if name.startswith("search"):
         assert {path.name for path in result.output_dir.iterdir()} >= {
-            "cells.png", "cells.svg", "checkpoints", "config.yaml", "csv", "genotype.yaml",
-            "genotype_best.yaml", "strengths.png", "strengths.svg",
+            "cells.png", "cells.svg", "checkpoints", "config.yaml", "csv", "environment.yaml",
+            "genotype.yaml", "genotype_best.yaml", "history.jsonl", "report.html", "search.gif",
+            "strengths.png", "strengths.svg",
         }  # fmt: skip
 
 
@@ -268,6 +276,7 @@ def test_a_sweep_runs_each_seed_in_its_own_folder(command: Command) -> None:
     result = command("-m", "experiment=search_digits", *ON_DIGITS, *SMALL_SEARCH, "seed=0,1",
                      "print_config=false", "hydra.sweep.dir=sweep")  # fmt: skip
     assert result.code == 0, result.error
+    assert Path("sweep/report.html").exists()
     for job in ("0", "1"):
         assert (Path("sweep") / job / "genotype.yaml").exists()
         assert OmegaConf.load(Path("sweep") / job / "config.yaml").seed == int(job)
@@ -283,6 +292,11 @@ def test_a_failed_job_of_a_sweep_costs_that_job_only(command: Command) -> None:
     assert "Error: max_images=1 must be at least 2" in result.error
     assert not Path("sweep/0/genotype.yaml").exists()
     assert Path("sweep/1/genotype.yaml").exists()
+    jobs = report_content(Path("sweep"))["tables"]
+    assert [table["rows"][0][:2] for table in jobs] == [
+        ["0", "data.max_images=1"],
+        ["1", "data.max_images=24"],
+    ]
 
 
 def test_the_papers_four_searches_as_a_sweep(composed: Callable[..., None]) -> None:
@@ -429,6 +443,10 @@ experiment=evaluate genotype=darts_v2 ckpt_path=no.pt
     there is no such file
 experiment=draw
     No genotype
+experiment=report
+    The command lacks run_dir=...
+experiment=report run_dir=nowhere
+    No run in 'nowhere': give run_dir=FOLDER
 experiment=draw genotypes=[darts_v1,drats_v2]
     Unknown genotype 'drats_v2'. Did you mean 'darts_v2'?
 experiment=draw genotypes=[outputs/no.yaml]

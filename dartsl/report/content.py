@@ -14,9 +14,9 @@ import yaml
 
 from dartsl.genotype import Genotype
 from dartsl.layout import cell_layouts
-from dartsl.report.runs import Run
+from dartsl.report.runs import REPORT_FILE, Run
 from dartsl.search_space import SearchSpace
-from dartsl.visualize import color_of
+from dartsl.visualize import color_of, in_order
 
 Content = dict[str, Any]
 
@@ -45,12 +45,16 @@ def sweep_content(folder: Path, runs: Sequence[Run]) -> Content:
     """The report of several runs."""
     pictures = Pictures(run.genotype for run in runs if run.genotype is not None)
     tasks = dict.fromkeys(run.task for run in runs)
-    tables = [table_of(folder, task, [r for r in runs if r.task == task]) for task in tasks]
+    given_to_all = {part for run in runs for part in run.overrides if shared(part, runs)}
+    tables = [
+        table_of(folder, task, [run for run in runs if run.task == task], given_to_all)
+        for task in tasks
+    ]
     environment = next((run.environment for run in runs if run.environment), {})
     return {
         "kind": "sweep",
-        "title": f"{len(runs)} runs",
-        "facts": [["Folder", str(folder)], ["Runs with all epochs", complete_of(runs)]],
+        "title": f"{len(runs)} runs · {path_of(folder)}",
+        "facts": [["Finished runs", complete_of(runs)]],
         "tables": tables,
         "cells": [
             {"run": name_of(folder, run), "genotype": pictures.index(run.genotype)}
@@ -78,7 +82,7 @@ class Pictures:
 
     def content(self) -> Content:
         """Layouts, texts to copy, and the colours of the primitives."""
-        names = sorted({name for genotype in self.genotypes for name in genotype.primitives})
+        names = in_order(name for genotype in self.genotypes for name in genotype.primitives)
         characters = max(map(len, names), default=0)
         cells = [
             {
@@ -101,9 +105,13 @@ def genotypes_of(run: Run) -> list[Genotype]:
 
 
 def title_of(run: Run) -> str:
-    """Kind, experiment and seed."""
-    task = TASKS.get(run.task, run.task)
-    return f"{task} · {run.folder.resolve().parent.name}/{run.folder.resolve().name}"
+    """Kind and folder."""
+    return f"{TASKS.get(run.task, run.task)} · {path_of(run.folder)}"
+
+
+def path_of(folder: Path) -> str:
+    """The last two parts of a path, which say the experiment and the time."""
+    return "/".join(folder.resolve().parts[-2:])
 
 
 def facts_of(run: Run) -> list[list[str]]:
@@ -122,8 +130,19 @@ def facts_of(run: Run) -> list[list[str]]:
     of = "" if run.max_epochs is None else f" of {run.max_epochs}"
     facts.append(["Epochs", f"{len(run.history)}{of}"])
     facts.append(["Time", duration(run.seconds)])
+    for name, *keys in (("Data", "data"), ("Alpha's gradient", "module", "hypergradient")):
+        target = target_of(run.config, *keys)
+        if target:
+            facts.append([name, target])
     facts.append(["Seed", str(run.config.get("seed", "unknown"))])
     return facts
+
+
+def target_of(config: Content, *keys: str) -> str | None:
+    """The name of the class that a part of the config stands for."""
+    for key in keys:
+        config = config.get(key) or {}
+    return str(config.get("_target_", "")).rpartition(".")[2] or None
 
 
 def charts_of(run: Run) -> list[Content]:
@@ -177,7 +196,7 @@ def search_of(run: Run, pictures: Pictures) -> Content | None:
         "primitives": primitives,
         "edges": [list(edge) for edge in space.edges],
         "palette": [[round(255 * part) for part in palette(i / 15)[:3]] for i in range(16)],
-        "largest": max(weights),
+        "range": [min(weights), max(weights)],
         "genotypes": [pictures.index(genotype) for genotype in genotypes],
         "strengths": rounded(strengths),
     }
@@ -195,20 +214,20 @@ def numbers_of(run: Run) -> Content:
     }
 
 
-def table_of(folder: Path, task: str, runs: Sequence[Run]) -> Content:
+def table_of(folder: Path, task: str, runs: Sequence[Run], given_to_all: set[str]) -> Content:
     """The runs of one task, a row each, with mean and deviation of their accuracies."""
     accuracies = [run.column(f"{task}/val_accuracy") for run in runs]
     half = HALVES.get(task, ("", "validation"))[1]
-    given = [[part for part in run.overrides if not shared(part, runs)] for run in runs]
+    given = [[part for part in run.overrides if part not in given_to_all] for run in runs]
     columns: dict[str, list[float | str | None]] = {
         "run": [name_of(folder, run) for run in runs],
         "overrides": [" ".join(parts) for parts in given],
-        "epochs": [len(run.history) for run in runs],
+        "epochs": [len(run.history) or None for run in runs],
         f"{half}, last epoch (%)": [hundredfold(values[-1:]) for values in accuracies],
         f"{half}, best epoch (%)": [hundredfold(values) for values in accuracies],
         "test (%)": [hundredfold([run.test.get("accuracy")]) for run in runs],
-        "skip connections": [skips_of(run.genotype) for run in runs],
-        "time (s)": [run.seconds for run in runs],
+        "skip connections, normal cell": [skips_of(run.genotype) for run in runs],
+        "time (s)": [round(run.seconds, 1) or None for run in runs],
     }
     if task == "train":  # of a training the best epoch would be chosen by the test set
         del columns[f"{half}, best epoch (%)"]
@@ -268,7 +287,7 @@ def name_of(folder: Path, run: Run) -> str:
 
 def report_of(folder: Path, run: Run) -> str | None:
     """Where a run's own report is, as seen from the sweep's folder."""
-    path = run.folder / "report.html"
+    path = run.folder / REPORT_FILE
     return path.relative_to(folder).as_posix() if path.is_file() else None
 
 

@@ -60,8 +60,9 @@ async function copy(text) {
   }
 }
 
-function number(value, digits = 4) {
+function number(value, digits = 4, unit = "") {
   if (value === null || value === undefined) return "–";
+  if (unit === "%") return value.toFixed(2); // as accuracies are given
   return Number.isInteger(value) ? String(value) : String(Number(value.toPrecision(digits)));
 }
 
@@ -126,7 +127,7 @@ function drawChart({ title, unit, series }) {
     fill(cursor, { x1: x(epoch), x2: x(epoch) }, []);
     curves.forEach(({ values }, index) => {
       const value = values[epoch] ?? null;
-      readings[index].textContent = number(value) + (value !== null && unit ? ` ${unit}` : "");
+      readings[index].textContent = number(value, 4, unit) + (value !== null && unit ? ` ${unit}` : "");
       dots[index].setAttribute("visibility", value === null ? "hidden" : "visible");
       if (value !== null) fill(dots[index], { cx: x(epoch), cy: y(value) }, []);
     });
@@ -178,7 +179,7 @@ function drawCell(kind, layout) {
     // Drops are interrupted where a row passes over them: a crossing is not a junction.
     gaps.append(s("path", { class: "gap", d: `M${x1 + bend},${y1}H${x2}` }));
     const [left, bottom, right, top] = edge.label;
-    const color = content.pictures.colors[edge.primitive];
+    const color = colorIn(edge.primitive);
     const group = (...parts) => s("g", { class: "edge", "--color": color, "data-edge": `${edge.source}-${edge.target}-${edge.primitive}` }, ...parts);
     rows.append(group(s("path", { class: "row", d: `M${x0},${y1 - bend}Q${x1},${y1} ${x1 + bend},${y1}H${x2 - 6}` }), head(x2, y2)));
     boxes.append(group(
@@ -202,16 +203,23 @@ function cellsOf(index) {
     h("figure", {}, h("h3", {}, KINDS[kind]), scroll(KINDS[kind], drawCell(kind, layout))));
 }
 
+// Black is ink: light on dark paper.
+function colorIn(primitive) {
+  const color = content.pictures.colors[primitive];
+  return color === "#000000" ? "var(--ink)" : color;
+}
+
 function key() {
-  return h("ul", { class: "key", "aria-label": "Colours" }, ...Object.entries(content.pictures.colors).map(([name, color]) =>
-    h("li", { "--color": color }, name)));
+  return h("ul", { class: "key", "aria-label": "Colours" }, ...Object.keys(content.pictures.colors).map((name) =>
+    h("li", { "--color": colorIn(name) }, name)));
 }
 
 // ---- a search, epoch by epoch -------------------------------------------------------------------
 
 function colorOf(weight) {
-  const { palette, largest } = content.search;
-  const place = Math.min(1, Math.max(0, weight / largest)) * (palette.length - 1);
+  const { palette, range: [smallest, largest] } = content.search;
+  const share = (weight - smallest) / (largest - smallest || 1);
+  const place = Math.min(1, Math.max(0, share)) * (palette.length - 1);
   const below = Math.min(palette.length - 2, Math.floor(place));
   return palette[below].map((part, i) => Math.round(part + (palette[below + 1][i] - part) * (place - below)));
 }
@@ -243,6 +251,15 @@ function heatMap(kind) {
     }));
   }
   return { show, node: h("figure", {}, h("h3", {}, `Edge weights, ${KINDS[kind].toLowerCase()}`), scroll(`Edge weights, ${KINDS[kind].toLowerCase()}`, table)) };
+}
+
+function scale() {
+  const { palette, range } = content.search;
+  const [smallest, largest] = range.map((weight) => weight.toFixed(2));
+  const bar = h("span", { class: "bar", "aria-hidden": "true" });
+  bar.style.background = `linear-gradient(to right, ${palette.map((color) => `rgb(${color})`)})`;
+  return h("p", { class: "soft" }, `Edge weights from ${smallest} `, bar, ` to ${largest}, in both maps and all epochs. `,
+    "Outlined: what is in the genotype. Nodes 0 and 1 are the cell's inputs.");
 }
 
 function searchSection() {
@@ -278,8 +295,7 @@ function searchSection() {
     h("div", { class: "slider" }, play, h("label", { for: "epoch" }, "Epoch"), slider, output,
       copyButton("Copy this genotype", () => content.pictures.cells[genotypes[chosen]].notation)),
     cells, key(),
-    h("div", { class: "pair" }, ...maps.map(({ node }) => node)),
-    h("p", { class: "soft" }, "Nodes 0 and 1 are the cell's inputs. Outlined: what is in the genotype. The colour scale is the same in both maps and all epochs."));
+    h("div", { class: "pair" }, ...maps.map(({ node }) => node)), scale());
 }
 
 // ---- everything else ----------------------------------------------------------------------------
@@ -287,10 +303,10 @@ function searchSection() {
 function genotypeSection() {
   const { yaml, notation } = content.pictures.cells[content.genotype];
   const pictures = content.search ? [] : [h("div", { class: "pair" }, ...cellsOf(content.genotype)), key()];
-  return section(content.search ? "Genotype" : "Cells", ...pictures,
-    h("div", { class: "buttons" }, copyButton("Copy yaml", yaml), copyButton("Copy official notation", notation)),
-    h("details", { open: Boolean(content.search) }, h("summary", {}, "As yaml"), h("pre", {}, yaml)),
-    h("details", {}, h("summary", {}, "As in the official code"), h("pre", { class: "wrap" }, notation)));
+  return section(content.search ? "Genotype of the last epoch" : "Cells", ...pictures,
+    h("div", { class: "pair" },
+      h("div", {}, h("h3", {}, "As yaml"), h("pre", {}, yaml), copyButton("Copy yaml", yaml)),
+      h("div", {}, h("h3", {}, "As in the official code"), h("pre", { class: "wrap" }, notation), copyButton("Copy official notation", notation))));
 }
 
 function numberTable({ columns, rows }) {
@@ -303,9 +319,10 @@ function numberTable({ columns, rows }) {
 function sortableTable({ columns, rows, reports }) {
   const entries = rows.map((row, index) => ({ row, report: reports[index] }));
   const body = h("tbody");
-  const heads = columns.map((name, column) => h("th", { scope: "col" }, h("button", { type: "button", onclick: () => sort(column) }, name)));
+  const heads = columns.map((name, column) => h("th", { scope: "col", class: rows.some((row) => typeof row[column] === "string") ? "text" : null }, h("button", { type: "button", onclick: () => sort(column) }, name)));
   function cell(value, column, report) {
-    const text = typeof value === "string" ? value : number(value);
+    const unit = columns[column].endsWith("(%)") ? "%" : "";
+    const text = typeof value === "string" ? value : number(value, 4, unit);
     const link = column === 0 && report ? h("a", { href: encodeURI(report) }, text) : text;
     return h(column === 0 ? "th" : "td", { class: typeof value === "string" ? "text" : null, scope: column === 0 ? "row" : null }, link);
   }
@@ -331,14 +348,16 @@ function sortableTable({ columns, rows, reports }) {
 function tableSection(table) {
   return section(table.title,
     table.means.length ? list(table.means, "facts") : null,
-    table.means.length ? h("p", { class: "soft" }, `Mean ± standard deviation of the runs with all epochs: ${table.complete}.`) : null,
+    table.means.length ? h("p", { class: "soft" }, `Mean ± standard deviation of the finished runs: ${table.complete}.`) : null,
     scroll(table.title, sortableTable(table)));
 }
 
 function sideBySide() {
-  return section("Cells", h("div", { class: "cards" }, ...content.cells.map(({ run, genotype }) =>
+  return section("Cells", h("p", { class: "soft" }, "The normal cell, and below it the reduction cell."),
+    h("div", { class: "cards" }, ...content.cells.map(({ run, genotype }) =>
     h("article", {}, h("h3", {}, run),
-      ...Object.entries(content.pictures.cells[genotype].layout).map(([kind, layout]) => drawCell(kind, layout)),
+      scroll(`Cells of ${run}`, h("div", {},
+        ...Object.entries(content.pictures.cells[genotype].layout).map(([kind, layout]) => drawCell(kind, layout)))),
       h("div", { class: "buttons" }, copyButton("Copy yaml", content.pictures.cells[genotype].yaml),
         copyButton("Copy official notation", content.pictures.cells[genotype].notation))))), key());
 }

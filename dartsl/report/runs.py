@@ -13,6 +13,7 @@ from dartsl.history import HISTORY_FILE, TEST_FILE, read_history
 
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.yaml"
+REPORT_FILE = "report.html"
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,11 @@ class Run:
     @cached_property
     def overrides(self) -> list[str]:
         """What the command gave."""
-        path = self.folder / ".hydra" / "overrides.yaml"
-        given = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-        return list(given or ())
+        for folder in (self.folder, self.folder.parent):  # the quick start's parts have one above
+            path = folder / ".hydra" / "overrides.yaml"
+            if path.is_file():
+                return list(yaml.safe_load(path.read_text(encoding="utf-8")) or ())
+        return []
 
     @property
     def task(self) -> str:
