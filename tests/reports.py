@@ -52,10 +52,8 @@ def write_search(folder: Path, *, epochs: int = 3, seed: int = 0, space: SearchS
 
 def write_training(folder: Path, *, accuracy: float | None, epochs: int = 2) -> None:
     """A folder as a training leaves it; one that was stopped before the test has no accuracy."""
-    lines = [
-        {"epoch": epoch, "seconds": 1.0, "metrics": {"train/train_loss": 1.0, "train/val_accuracy": 0.5}}
-        for epoch in range(epochs)
-    ]  # fmt: skip
+    metrics = {"train/train_loss": 1.0, "train/val_accuracy": 0.5}
+    lines = [{"epoch": epoch, "seconds": 1.0, "metrics": metrics} for epoch in range(epochs)]
     write_files(folder, lines, {"task": "train", "trainer": {"max_epochs": 2}})
     if accuracy is not None:
         (folder / "test.yaml").write_text(yaml.safe_dump({"accuracy": accuracy, "loss": 0.1}))

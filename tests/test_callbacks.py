@@ -21,7 +21,9 @@ from dartsl.search_space import SearchSpace
 SPACE = SearchSpace(("none", "skip_connect", "avg_pool_3x3"), 2)
 
 
-def search(*used: pl.Callback, alpha_rate: float = 0.3, **options: Any) -> SearchModule:
+def search(
+    *used: pl.Callback, alpha_rate: float = 0.3, ckpt_path: Path | None = None, **options: Any
+) -> SearchModule:
     """Two epochs of three steps on digits, with these callbacks."""
     torch.manual_seed(0)
     module = SearchModule(
@@ -38,7 +40,7 @@ def search(*used: pl.Callback, alpha_rate: float = 0.3, **options: Any) -> Searc
         enable_checkpointing=any(isinstance(c, pl.callbacks.Checkpoint) for c in used),
         num_sanity_val_steps=0, enable_progress_bar=False,
     )  # fmt: skip
-    trainer.fit(module, data, ckpt_path=options.pop("ckpt_path", None))
+    trainer.fit(module, data, ckpt_path=ckpt_path)
     return module
 
 

@@ -217,6 +217,10 @@ def test_search_then_train_then_evaluate(command: Command) -> None:
     trained = command(*arguments[2:], "data.max_images=60", "trainer.max_epochs=2")
     assert trained.code == 0, trained.error
     (checkpoint,) = Path("outputs/train_digits").glob("*/checkpoints/last.ckpt")
+    measured = OmegaConf.load(checkpoint.parents[1] / "test.yaml")
+    assert 100 * measured.accuracy == pytest.approx(trained.accuracy, abs=0.005)
+    assert Genotype.load(checkpoint.parents[1] / "genotype.yaml") == found
+    assert (checkpoint.parents[1] / "report.html").exists()
 
     genotype = f"genotype.path={searched.output_dir / 'genotype.yaml'}"
     network = ["network.channels=16", "network.num_cells=3", "network.auxiliary=false"]
