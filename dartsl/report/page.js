@@ -259,7 +259,7 @@ function scale() {
   const bar = h("span", { class: "bar", "aria-hidden": "true" });
   bar.style.background = `linear-gradient(to right, ${palette.map((color) => `rgb(${color})`)})`;
   return h("p", { class: "soft" }, `Edge weights from ${smallest} `, bar, ` to ${largest}, in both maps and all epochs. `,
-    "Outlined: what is in the genotype. Nodes 0 and 1 are the cell's inputs.");
+    "Outlined: what is in the genotype. The maps count the inputs as nodes, as a genotype does: their node 2 is the picture's node 0.");
 }
 
 function searchSection() {
