@@ -13,6 +13,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
@@ -67,12 +68,13 @@ def train(cfg: DictConfig) -> float | None:
     any validation it is the test accuracy that is returned. Nothing may be selected by either.
     """
     prepare(cfg)
-    network = build(cfg.network)(genotype=find_genotype(cfg))
+    genotype = find_genotype(cfg)
+    network = build(cfg.network)(genotype=genotype)
     module = build(cfg.module)(network=network)
     cfg.ckpt_path = find_checkpoint(cfg)
     with running(cfg) as (trainer, data):
         if is_first_process():
-            network.genotype.save(Path(cfg.output_dir) / GENOTYPE_FILE)
+            genotype.save(Path(cfg.output_dir) / GENOTYPE_FILE)
         trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
         validation = metric(trainer, "train/val_accuracy")
         trainer.test(module, datamodule=data, verbose=False)
@@ -104,7 +106,8 @@ def evaluate(cfg: DictConfig) -> float:
 def draw(cfg: DictConfig) -> None:
     """A picture of the cells of one genotype, or of several side by side, as PNG and SVG."""
     check_missing(cfg)
-    named = [(str(name), find_named_genotype(str(name))) for name in cfg.genotypes or ()]
+    names = [cfg.genotypes] if isinstance(cfg.genotypes, str) else cfg.genotypes or []
+    named = [(str(name), find_named_genotype(str(name))) for name in names]
     if cfg.get("genotype") is not None or not named:
         named.insert(0, (cfg.title or "", find_genotype(cfg)))
     for path in save_figure(draw_genotypes(named), Path(cfg.output_dir) / "cells"):
@@ -172,7 +175,8 @@ def announce(cfg: DictConfig) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(plain, output_dir / CONFIG_FILE)
     ran_on = {"command": command(*HydraConfig.get().overrides.task), **environment()}
-    OmegaConf.save(ran_on, output_dir / ENVIRONMENT_FILE)
+    text = yaml.safe_dump(ran_on, sort_keys=False, allow_unicode=True)
+    (output_dir / ENVIRONMENT_FILE).write_text(text, encoding="utf-8")
     if cfg.print_config:
         print_tree(plain)
 

@@ -453,6 +453,8 @@ experiment=report run_dir=nowhere
     No run in 'nowhere': give run_dir=FOLDER
 experiment=draw genotypes=[darts_v1,drats_v2]
     Unknown genotype 'drats_v2'. Did you mean 'darts_v2'?
+experiment=draw genotypes=drats_v2
+    Unknown genotype 'drats_v2'. Did you mean 'darts_v2'?
 experiment=draw genotypes=[outputs/no.yaml]
     Cannot read the genotype file 'outputs/no.yaml'
 ckpt_path=last

@@ -21,7 +21,6 @@ from dartsl.visualize import color_of, in_order
 Content = dict[str, Any]
 
 TASKS = {"search": "Search", "train": "Training"}
-HALVES = {"search": ("weight half", "alpha half"), "train": ("training set", "validation set")}
 
 
 def run_content(run: Run) -> Content:
@@ -120,7 +119,7 @@ def facts_of(run: Run) -> list[list[str]]:
     if run.test.get("accuracy") is not None:
         facts.append(["Test accuracy", percent(run.test["accuracy"])])
     accuracy = run.column(f"{run.task}/val_accuracy")
-    half = HALVES.get(run.task, ("", "validation"))[1]
+    half = run.halves[1]
     known = [(value, epoch) for epoch, value in enumerate(accuracy, 1) if value is not None]
     if known:
         value, epoch = max(known, key=lambda pair: (pair[0], -pair[1]))
@@ -147,7 +146,7 @@ def target_of(config: Content, *keys: str) -> str | None:
 
 def charts_of(run: Run) -> list[Content]:
     """Curves over the epochs: those of the run's task that hold any value."""
-    first, second = HALVES.get(run.task, ("training", "validation"))
+    first, second = run.halves
     of_run = f"{run.task}/{{}}".format
     metrics = {
         ("Accuracy", "%"): {first: of_run("train_accuracy"), second: of_run("val_accuracy")},
@@ -217,7 +216,7 @@ def numbers_of(run: Run) -> Content:
 def table_of(folder: Path, task: str, runs: Sequence[Run], given_to_all: set[str]) -> Content:
     """The runs of one task, a row each, with mean and deviation of their accuracies."""
     accuracies = [run.column(f"{task}/val_accuracy") for run in runs]
-    half = HALVES.get(task, ("", "validation"))[1]
+    half = runs[0].halves[1]
     given = [[part for part in run.overrides if part not in given_to_all] for run in runs]
     columns: dict[str, list[float | str | None]] = {
         "run": [name_of(folder, run) for run in runs],

@@ -67,6 +67,15 @@ class Run:
         return str(self.config.get("task", "run"))
 
     @property
+    def halves(self) -> tuple[str, str]:
+        """What its weights were fitted to, and what else was looked at after every epoch."""
+        if self.task == "search":
+            return "weight half", "alpha half"
+        fraction = (self.config.get("data") or {}).get("train_fraction")
+        # Without images of its own the validation looks at the test set, as the official code does.
+        return "training set", "test set" if fraction == 1 else "validation set"
+
+    @property
     def max_epochs(self) -> int | None:
         """The epochs that it was to have; None where something else ends it."""
         epochs = (self.config.get("trainer") or {}).get("max_epochs")
