@@ -303,7 +303,10 @@ def _draw_fields(axes: Axes, values: np.ndarray, space: SearchSpace, scale: Norm
 
 
 def draw_epochs(
-    genotypes: Sequence[Genotype], strengths: Sequence[Mapping[str, Tensor]], space: SearchSpace
+    genotypes: Sequence[Genotype],
+    strengths: Sequence[Mapping[str, Tensor]],
+    space: SearchSpace,
+    max_pictures: int = 100,
 ) -> Iterator[Figure]:
     """A picture of every epoch of a search, the cells with the edge weights beside them.
 
@@ -314,6 +317,7 @@ def draw_epochs(
         genotypes: of every epoch.
         strengths: of every epoch, as in `draw_strengths`.
         space: names the rows and columns.
+        max_pictures: of a longer search that many epochs, evenly spaced from first to last.
 
     Raises:
         UserError: for weights of another shape than the space's.
@@ -326,11 +330,12 @@ def draw_epochs(
     # Not from 0, or nobody would see that weights that began as one drift apart.
     scale = Normalize(min(finite, default=0), max(finite, default=1))
     primitives = {name for genotype in genotypes for name in genotype.primitives}
-    pairs = enumerate(zip(genotypes, values, strict=True), start=1)
-    for number, (genotype, weights) in pairs:
-        title = f"Epoch {number} of {len(genotypes)}"
+    last = len(genotypes) - 1
+    shown = np.linspace(0, last, min(len(genotypes), max_pictures)).round().astype(int)
+    for epoch in shown:
+        title = f"Epoch {epoch + 1} of {len(genotypes)}"
         with _style():
-            figure = _draw_epoch(genotype, weights, space, scale, primitives, title)
+            figure = _draw_epoch(genotypes[epoch], values[epoch], space, scale, primitives, title)
         yield figure
 
 
@@ -369,7 +374,7 @@ def save_animation(figures: Iterable[Figure], path: str | Path, seconds: float =
     """Write pictures of one size as an animated GIF that begins anew after its end.
 
     Args:
-        figures: one a frame; drawn one by one, so that a generator needs no memory.
+        figures: one a frame; of a generator one is kept at a time.
         path: of the file; its folder is created.
         seconds: that a frame is shown; the last one stands still for three.
     """

@@ -334,6 +334,9 @@ def test_only_what_changes_moves_in_an_animation(tmp_path):
         for (_, a), (_, b) in itertools.combinations(written, 2):
             assert not overlap(a, b)
 
+    fewer = draw_epochs(genotypes, strengths, space, max_pictures=2)
+    assert [figure.texts[0].get_text() for figure in fewer] == ["Epoch 1 of 3", "Epoch 3 of 3"]
+
     path = save_animation(figures, tmp_path / "new" / "search.gif", seconds=0.2)
     with Image.open(path) as animation:
         assert animation.n_frames == 3

@@ -56,7 +56,10 @@ def sweep_content(folder: Path, runs: Sequence[Run]) -> Content:
         "facts": [["Finished runs", complete_of(runs)]],
         "tables": tables,
         "cells": [
-            {"run": name_of(folder, run), "genotype": pictures.index(run.genotype)}
+            {
+                "run": " · ".join([name_of(folder, run), *own_overrides(run, given_to_all)]),
+                "genotype": pictures.index(run.genotype),
+            }
             for run in runs
             if run.genotype is not None
         ],
@@ -217,10 +220,9 @@ def table_of(folder: Path, task: str, runs: Sequence[Run], given_to_all: set[str
     """The runs of one task, a row each, with mean and deviation of their accuracies."""
     accuracies = [run.column(f"{task}/val_accuracy") for run in runs]
     half = runs[0].halves[1]
-    given = [[part for part in run.overrides if part not in given_to_all] for run in runs]
     columns: dict[str, list[float | str | None]] = {
         "run": [name_of(folder, run) for run in runs],
-        "overrides": [" ".join(parts) for parts in given],
+        "overrides": [" ".join(own_overrides(run, given_to_all)) for run in runs],
         "epochs": [len(run.history) or None for run in runs],
         f"{half}, last epoch (%)": [hundredfold(values[-1:]) for values in accuracies],
         f"{half}, best epoch (%)": [hundredfold(values) for values in accuracies],
@@ -250,6 +252,11 @@ def table_of(folder: Path, task: str, runs: Sequence[Run], given_to_all: set[str
 def shared(override: str, runs: Sequence[Run]) -> bool:
     """Whether all of several runs were given this."""
     return len(runs) > 1 and all(override in run.overrides for run in runs)
+
+
+def own_overrides(run: Run, given_to_all: set[str]) -> list[str]:
+    """What a run was given and some other was not."""
+    return [override for override in run.overrides if override not in given_to_all]
 
 
 def skips_of(genotype: Genotype | None) -> int | None:
