@@ -115,15 +115,23 @@ class Genotype:
 
     def save(self, path: str | Path) -> None:
         """Write the genotype as yaml; a file in `conf/genotype/` becomes a choice of the group."""
+        with whole_file(path) as part:  # a search killed here leaves that of the epoch before
+            part.write_text(self.yaml(), encoding="utf-8")
+
+    def yaml(self) -> str:
+        """The project's yaml, which `parse` reads."""
         fields = {
             name: [list(entry) if isinstance(entry, tuple) else entry for entry in value]
             for name, value in asdict(self).items()
         }
-        text = yaml.safe_dump(
+        return yaml.safe_dump(
             {"_target_": _TARGET, **fields}, sort_keys=False, default_flow_style=None
         )
-        with whole_file(path) as part:  # a search killed here leaves the one of the epoch before
-            part.write_text(text, encoding="utf-8")
+
+    def notation(self) -> str:
+        """The official code's notation, which `parse` reads too."""
+        fields = (f"{name}={list(getattr(self, name))!r}" for name in _FIELDS)
+        return f"Genotype({', '.join(fields)})"
 
     @classmethod
     def _from_fields(cls, fields: Mapping[Any, Any]) -> Self:

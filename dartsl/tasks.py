@@ -1,4 +1,4 @@
-"""What `run.py` can do: search, train, evaluate, draw, and the quick start.
+"""What `run.py` can do: search, train, evaluate, draw, report, and the quick start.
 
 A task takes the composed config and returns the number that a sweeper maximises.
 """
@@ -37,21 +37,24 @@ from dartsl.config import (
     resolved,
 )
 from dartsl.distributed import is_first_process
+from dartsl.environment import environment
 from dartsl.errors import UserError, unknown
 from dartsl.files import whole_file
-from dartsl.genotype import GENOTYPE_FILE, Genotype
+from dartsl.genotype import GENOTYPE_FILE, Genotype, published
 from dartsl.interop import load_official_network
 from dartsl.loggers import finished_runs, publish
 from dartsl.modules.resumable import check_same_tensors
 from dartsl.networks import FinalNetwork, Supernet
 from dartsl.networks.regions import compile_regions
 from dartsl.processes import processes
+from dartsl.report import REPORT_FILE, leave_report, write_report
+from dartsl.report.runs import CONFIG_FILE, ENVIRONMENT_FILE
 from dartsl.terminal import print_command, print_summary
-from dartsl.visualize import draw_genotype, save_figure
+from dartsl.visualize import draw_genotypes, save_figure
 
 log = logging.getLogger(__name__)
 
-CONFIG_FILE, RESULT_FILE = "config.yaml", "result.yaml"
+RESULT_FILE = "result.yaml"
 Task = Callable[[DictConfig], float | None]
 
 
@@ -86,6 +89,7 @@ def search(cfg: DictConfig) -> float | None:
     with running(cfg) as (trainer, data):
         compile_network(cfg, trainer, module.supernet, getattr(module.hypergradient, "product", ""))
         trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
+        leave_report(cfg.output_dir)
         if is_first_process():
             report_genotype(cfg, trainer, publish_search(cfg, trainer))
     return metric(trainer, "search/val_accuracy")
@@ -99,15 +103,19 @@ def train(cfg: DictConfig) -> float | None:
     any validation it is the test accuracy that is returned. Nothing may be selected by either.
     """
     prepare(cfg)
-    network = build(cfg.network)(genotype=find_genotype(cfg))
+    genotype = find_genotype(cfg)
+    network = build(cfg.network)(genotype=genotype)
     module = build(cfg.module)(network=network)
     cfg.ckpt_path = find_checkpoint(cfg)
     with running(cfg) as (trainer, data):
         compile_network(cfg, trainer, module.network)
+        if is_first_process():
+            genotype.save(Path(cfg.output_dir) / GENOTYPE_FILE)
         trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
         validation = metric(trainer, "train/val_accuracy")
         trained = scores(trainer, "train")
         trainer.test(module, datamodule=data, verbose=False)
+        leave_report(cfg.output_dir)
     test = report_test(cfg, trainer, trained)
     return test if validation is None else validation
 
@@ -133,10 +141,20 @@ def evaluate(cfg: DictConfig) -> float | None:
 
 
 def draw(cfg: DictConfig) -> None:
-    """A picture of a genotype's cells, as PNG and SVG."""
+    """A picture of the cells of one genotype, or of several side by side, as PNG and SVG."""
     check_missing(cfg)
-    genotype = find_genotype(cfg)
-    for path in save_figure(draw_genotype(genotype, cfg.title), Path(cfg.output_dir) / "cells"):
+    names = [cfg.genotypes] if isinstance(cfg.genotypes, str) else cfg.genotypes or []
+    named = [(str(name), find_named_genotype(str(name))) for name in names]
+    if cfg.get("genotype") is not None or not named:
+        named.insert(0, (cfg.title or "", find_genotype(cfg)))
+    for path in save_figure(draw_genotypes(named), Path(cfg.output_dir) / "cells"):
+        print(relative(path))
+
+
+def report(cfg: DictConfig) -> None:
+    """The report of a run or a sweep, made again from its folder."""
+    check_missing(cfg)
+    for path in write_report(cfg.run_dir):
         print(relative(path))
 
 
@@ -154,6 +172,7 @@ def quick_start(cfg: DictConfig) -> float | None:
     trained = compose_experiment(cfg.experiments[1], steps[1], "genotype=from_file", genotype)
     search(searched)
     accuracy = train(trained)
+    leave_report(folder)
     print_command(command(f"experiment={cfg.next_experiment}"))
     return accuracy
 
@@ -193,6 +212,10 @@ def announce(cfg: DictConfig, loggers: Iterable[Logger]) -> None:
     plain = resolved(cfg)
     with whole_file(Path(cfg.output_dir) / CONFIG_FILE) as part:
         OmegaConf.save(plain, part)
+    ran_on = {"command": command(*HydraConfig.get().overrides.task), **environment()}
+    with whole_file(Path(cfg.output_dir) / ENVIRONMENT_FILE) as part:
+        text = yaml.safe_dump(ran_on, sort_keys=False, allow_unicode=True)
+        part.write_text(text, encoding="utf-8")
     if cfg.print_config:
         print_tree(plain)
     values = cast(dict[str, Any], OmegaConf.to_container(plain))
@@ -259,6 +282,16 @@ def find_genotype(cfg: DictConfig) -> Genotype:
             "(genotype=from_file genotype.path=FILE)."
         )
     return instantiate(cfg.genotype)
+
+
+def find_named_genotype(name: str) -> Genotype:
+    """The genotype in a file of this path, or else the published one of this name.
+
+    Raises:
+        UserError: where there is neither.
+    """
+    path = Path(name)
+    return Genotype.load(path) if path.is_file() or path.name != name else published(name)
 
 
 def check_same_run(cfg: DictConfig) -> None:
@@ -389,9 +422,15 @@ def report_genotype(cfg: DictConfig, trainer: pl.Trainer, artifact: str | None) 
     }
     if artifact is not None:
         rows["Artifact"] = artifact
-    print_summary("The search", rows)
+    print_summary("The search", rows | report_row(cfg))
     if cfg.next_experiment is not None:
         print_command(next_command(cfg))
+
+
+def report_row(cfg: DictConfig) -> dict[str, str]:
+    """Where the report is, if it could be written."""
+    path = Path(cfg.output_dir) / REPORT_FILE
+    return {"Report": relative(path)} if path.exists() else {}
 
 
 def report_test(cfg: DictConfig, trainer: pl.Trainer, before: Mapping[str, str]) -> float:
@@ -402,7 +441,7 @@ def report_test(cfg: DictConfig, trainer: pl.Trainer, before: Mapping[str, str])
     checkpoint = Path(cfg.output_dir) / "checkpoints" / LAST
     if checkpoint.exists():
         rows["Checkpoint"] = relative(checkpoint)
-    print_summary("The network", rows)
+    print_summary("The network", rows | report_row(cfg))
     return accuracy
 
 
@@ -428,7 +467,7 @@ def next_command(cfg: DictConfig) -> str:
     )
 
 
-TASKS = {task.__name__: task for task in (search, train, evaluate, draw, quick_start)}
+TASKS = {task.__name__: task for task in (search, train, evaluate, draw, report, quick_start)}
 
 
 def run(cfg: DictConfig) -> float | None:

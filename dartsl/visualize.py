@@ -1,21 +1,15 @@
-"""Pictures: a genotype as two wiring diagrams, and the edge weights of a search as heat maps.
+"""Pictures: genotypes as wiring diagrams, and the edge weights of a search as heat maps.
 
-A cell is laid out first (`layout_cell`, plain numbers) and drawn then. Nodes descend from the upper
-left to the lower right like a staircase. What a node hands on runs down from it and turns off to
-the right, one row for every edge; what the cell concatenates runs to the bar at the right. So rows
-never meet, a row and a drop cross at right angles, and every label has a row and a column that it
-shares with nothing but its own edge. Which edges a genotype holds moves no node: only their number
-and the longest name do, so that pictures of consecutive epochs lie on top of each other.
-
-Lengths are inches, with y upwards; shapes: E edges, P primitives.
+Where things lie, `dartsl.layout` says. Lengths are inches, with y upwards; shapes: E edges, P
+primitives.
 """
 
+import math
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -24,13 +18,25 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path as Curve
+from PIL import Image
 from torch import Tensor
 
 from dartsl.errors import UserError
 from dartsl.files import whole_file
-from dartsl.genotype import Edge, Genotype
+from dartsl.genotype import Genotype
+from dartsl.layout import (
+    FONT_SIZE,
+    LABEL_PADDING,
+    MARGIN,
+    Box,
+    CellLayout,
+    Wire,
+    cell_layouts,
+    label_width_of,
+)  # fmt: skip
 from dartsl.search_space import CELL_KINDS, SearchSpace
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; the two primitives of the
@@ -53,146 +59,30 @@ _INK = "#555555"
 # Perceptually uniform, for colour-blind readers too; a weight that is no number is white.
 _COLOR_MAP = matplotlib.colormaps["cividis"].with_extremes(bad="white")
 
-_FONT_SIZE = 8.5  # points, of labels
-_CHARACTER = 0.602 * _FONT_SIZE / 72  # DejaVu Sans Mono: every glyph is 0.602 em wide
-_MIN_CHARACTERS = 12  # "sep_conv_3x3": the usual names all lead to one and the same grid
-_LABEL_PADDING, _LABEL_HEIGHT = 0.06, 0.21
-_MARGIN = 0.12
-_INPUT_WIDTH, _INPUT_HEIGHT, _INPUT_PITCH = 0.56, 0.34, 0.66
-_NODE_WIDTH, _NODE_HEIGHT = 0.34, 0.48
-_NODE_PITCH = 0.64  # vertical, between two nodes
-_ROW_OFFSET = 0.14  # of a node's two rows from its middle
-_TURN, _ARROW = 0.22, 0.25  # left and right of a label
 _BEND = 0.1  # radius
-_CONCAT_ARROW, _OUTPUT_WIDTH = 0.4, 0.42
+_GUTTER = 0.4  # between genotypes side by side
+_LEGEND_PITCH, _SWATCH = 0.24, 0.18
+_TITLE_SIZE = 12
+_FRAME_DPI = 100  # of an animation: about 1,200 pixels wide
 
 _CENTERED: dict[str, Any] = {"ha": "center", "va": "center"}
+# Not parsed as mathematics: a name may hold a dollar sign.
+_LABEL_FONT: dict[str, Any] = {
+    "size": FONT_SIZE, "family": "DejaVu Sans Mono", "parse_math": False,
+}  # fmt: skip
 
-Point = tuple[float, float]
 Color = str | tuple[float, ...]
 
 
-class Box(NamedTuple):
-    """An upright rectangle."""
-
-    left: float
-    bottom: float
-    right: float
-    top: float
-
-    @classmethod
-    def around(cls, x: float, y: float, width: float, height: float) -> "Box":
-        """The box of this size whose centre is (x, y)."""
-        return cls(x - width / 2, y - height / 2, x + width / 2, y + height / 2)
-
-    @property
-    def center(self) -> Point:
-        """Its middle."""
-        return (self.left + self.right) / 2, (self.bottom + self.top) / 2
+def color_of(primitive: str) -> str:
+    """The colour of a primitive in every picture."""
+    return COLORS.get(primitive, OTHER_COLOR)
 
 
-@dataclass(frozen=True)
-class Wire:
-    """An edge, or the way of a concatenated node to the output.
-
-    Attributes:
-        source: node that it leaves.
-        target: node that it enters; for the output, the number after the last node's.
-        points: start, corner (edges alone) and end.
-        primitive: of an edge; None on the way to the output.
-        label: box of the primitive's name; None on the way to the output.
-    """
-
-    source: int
-    target: int
-    points: tuple[Point, ...]
-    primitive: str | None = None
-    label: Box | None = None
-
-
-@dataclass(frozen=True)
-class CellLayout:
-    """Where everything in the picture of one cell lies.
-
-    Attributes:
-        width: of the picture.
-        height: of the picture.
-        nodes: a box per node: the two inputs, the intermediate nodes, last the output.
-        edges: in the order of the genotype.
-        concat: in the order of the genotype.
-    """
-
-    width: float
-    height: float
-    nodes: tuple[Box, ...]
-    edges: tuple[Wire, ...]
-    concat: tuple[Wire, ...]
-
-
-def layout_cell(
-    edges: Sequence[Edge], concat: Sequence[int], min_characters: int = _MIN_CHARACTERS
-) -> CellLayout:
-    """Lay out one cell.
-
-    Args:
-        edges: (primitive, source) pairs, two per intermediate node.
-        concat: the nodes that the output concatenates.
-        min_characters: room that every label has at least; cells that are to have the same grid
-            are given the length of the longest name of them all.
-    """
-    characters = max(min_characters, *(len(primitive) for primitive, _ in edges))
-    label_width = _label_width(characters)
-    nodes = _place_nodes(len(edges) // 2, label_width)
-    output = nodes[-1]
-    to_output = []
-    for node in concat:
-        y = nodes[node].center[1]
-        to_output.append(Wire(node, len(nodes) - 1, ((nodes[node].right, y), (output.left, y))))
-    return CellLayout(
-        width=output.right + _MARGIN,
-        height=nodes[0].top + _MARGIN,
-        nodes=nodes,
-        edges=_route_edges(edges, nodes, label_width),
-        concat=tuple(to_output),
-    )
-
-
-def _label_width(characters: int) -> float:
-    return characters * _CHARACTER + 2 * _LABEL_PADDING
-
-
-def _place_nodes(num_intermediate_nodes: int, label_width: float) -> tuple[Box, ...]:
-    """Boxes of inputs, intermediate nodes and output; which edges there are plays no part."""
-    pitch = _TURN + label_width + _ARROW + _NODE_WIDTH / 2
-    bottom = _MARGIN + _NODE_HEIGHT / 2
-    x = _MARGIN + _INPUT_WIDTH / 2
-    top = bottom + num_intermediate_nodes * _NODE_PITCH
-    boxes = [Box.around(x + i * _INPUT_PITCH, top, _INPUT_WIDTH, _INPUT_HEIGHT) for i in (0, 1)]
-    x += _INPUT_PITCH
-    for i in range(1, num_intermediate_nodes + 1):
-        boxes.append(Box.around(x + i * pitch, top - i * _NODE_PITCH, _NODE_WIDTH, _NODE_HEIGHT))
-    left = boxes[-1].right + _CONCAT_ARROW
-    # A bar beside all nodes: each reaches it in a straight line that nothing crosses.
-    boxes.append(Box(left, _MARGIN, left + _OUTPUT_WIDTH, boxes[2].top))
-    return tuple(boxes)
-
-
-def _route_edges(
-    edges: Sequence[Edge], nodes: Sequence[Box], label_width: float
-) -> tuple[Wire, ...]:
-    """One row for every edge: down from the source, then right to the target."""
-    wires = []
-    for index, (primitive, source) in enumerate(edges):
-        target, other = index // 2 + 2, edges[index ^ 1][1]  # index ^ 1: the node's other edge
-        # The later source above: so its drop ends before it would cross the other edge's row.
-        above = source > other or (source == other and index % 2 == 0)
-        y = nodes[target].center[1] + (_ROW_OFFSET if above else -_ROW_OFFSET)
-        x, end = nodes[source].center[0], nodes[target].left
-        points = ((x, nodes[source].bottom), (x, y), (end, y))
-        middle = end - _ARROW - label_width / 2
-        label = Box.around(middle, y, _label_width(len(primitive)), _LABEL_HEIGHT)
-        wires.append(Wire(source, target, points, primitive, label))
-    return tuple(wires)
+def in_order(primitives: Iterable[str]) -> list[str]:
+    """Different primitives in the order of every legend."""
+    order = {name: rank for rank, name in enumerate(COLORS)}
+    return sorted(set(primitives), key=lambda name: (order.get(name, len(order)), name))
 
 
 def draw_genotype(genotype: Genotype, title: str | None = None) -> Figure:
@@ -205,22 +95,75 @@ def draw_genotype(genotype: Genotype, title: str | None = None) -> Figure:
         genotype: may hold any names of primitives.
         title: stands above the cells.
     """
-    characters = max(_MIN_CHARACTERS, *map(len, genotype.primitives))
-    cells = {
-        "normal": layout_cell(genotype.normal, genotype.normal_concat, characters),
-        "reduce": layout_cell(genotype.reduce, genotype.reduce_concat, characters),
-    }
-    width = max(cell.width for cell in cells.values())
-    height = sum(cell.height for cell in cells.values())
+    return draw_genotypes([(title or "", genotype)])
+
+
+def draw_genotypes(genotypes: Sequence[tuple[str, Genotype]]) -> Figure:
+    """Several genotypes side by side, on one grid and with one legend.
+
+    Up to three stand in one row; more stand in about as many rows as columns.
+
+    Args:
+        genotypes: (title, genotype) of at least one.
+    """
+    characters = max(len(name) for _, genotype in genotypes for name in genotype.primitives)
+    blocks = [(title, cell_layouts(genotype, characters)) for title, genotype in genotypes]
+    columns = len(blocks) if len(blocks) <= 3 else math.ceil(math.sqrt(len(blocks)))
+    width = max(cell.width for _, cells in blocks for cell in cells.values())
+    titles = max(_title_height(title, width) for title, _ in blocks)
+    height = titles + max(sum(cell.height for cell in cells.values()) for _, cells in blocks)
+    total = columns * width + (columns - 1) * _GUTTER
+    legend = _legend_rows((n for _, genotype in genotypes for n in genotype.primitives), total)
+    bottom = len(legend) * _LEGEND_PITCH + MARGIN
+    rows = math.ceil(len(blocks) / columns)
     with _style():
-        figure, top = _new_figure(width, height, title), height
-        for kind, cell in cells.items():
-            top -= cell.height
-            axes = _add_axes(figure, Box(0, top, cell.width, top + cell.height))
-            axes.set(xlim=(0, cell.width), ylim=(0, cell.height))
-            axes.axis("off")
-            _draw_cell(axes, kind, cell)
+        figure = Figure(figsize=(total, bottom + rows * height + (rows - 1) * _GUTTER))
+        for index, (title, cells) in enumerate(blocks):
+            row, column = divmod(index, columns)
+            x = column * (width + _GUTTER)
+            y = bottom + (rows - row) * height + (rows - 1 - row) * _GUTTER
+            _write_title(figure, title, x, y, width)
+            _draw_cells(figure, cells, x, y - titles)
+        _draw_legend(figure, legend)
     return figure
+
+
+def _draw_cells(figure: Figure, cells: Mapping[str, CellLayout], left: float, top: float) -> None:
+    """The cells of one genotype below each other."""
+    for kind, cell in cells.items():
+        top -= cell.height
+        axes = _add_axes(figure, Box(left, top, left + cell.width, top + cell.height))
+        axes.set(xlim=(0, cell.width), ylim=(0, cell.height))
+        axes.axis("off")
+        _draw_cell(axes, kind, cell)
+
+
+def _legend_rows(primitives: Iterable[str], width: float) -> list[list[tuple[float, str]]]:
+    """Rows of (x, primitive) from left to right; the order is the same in every picture."""
+    rows: list[list[tuple[float, str]]] = [[]]
+    x = MARGIN
+    for name in in_order(primitives):
+        entry = _SWATCH + label_width_of(len(name))
+        if rows[-1] and x + entry > width - MARGIN:
+            rows.append([])
+            x = MARGIN
+        rows[-1].append((x, name))
+        x += entry + MARGIN
+    return rows
+
+
+def _draw_legend(figure: Figure, rows: Sequence[Sequence[tuple[float, str]]]) -> None:
+    """What the colours mean, at the foot of the picture."""
+    width = figure.get_size_inches()[0]
+    height = len(rows) * _LEGEND_PITCH + MARGIN
+    axes = _add_axes(figure, Box(0, 0, width, height))
+    axes.set(xlim=(0, width), ylim=(0, height))
+    axes.axis("off")
+    for index, row in enumerate(rows):
+        y = height - (index + 0.5) * _LEGEND_PITCH
+        for x, name in row:
+            axes.plot((x, x + _SWATCH), (y, y), color=color_of(name), lw=3, solid_capstyle="butt")
+            axes.text(x + _SWATCH + LABEL_PADDING, y, name, va="center", **_LABEL_FONT)
 
 
 def _draw_cell(axes: Axes, kind: str, cell: CellLayout) -> None:
@@ -233,7 +176,7 @@ def _draw_cell(axes: Axes, kind: str, cell: CellLayout) -> None:
         names = {0: "$c_{k-2}$", 1: "$c_{k-1}$", last: "$c_{k}$"}
         face = "#E8E8E8" if node in names else "#FFFFFF"
         _draw_box(axes, box, names.get(node, str(node - 2)), face, _INK, size=11)
-    x, y = cell.nodes[1].right + 2 * _MARGIN, cell.nodes[1].center[1]
+    x, y = cell.nodes[1].right + 2 * MARGIN, cell.nodes[1].center[1]
     axes.text(x, y, _CAPTIONS[kind], size=11, weight="bold", va="center")
 
 
@@ -241,7 +184,7 @@ def _draw_edge(axes: Axes, wire: Wire, name: str) -> None:
     """The drop in ink, since edges of one source share it; the row in the primitive's colour."""
     assert wire.primitive is not None
     assert wire.label is not None
-    color = COLORS.get(wire.primitive, OTHER_COLOR)
+    color = color_of(wire.primitive)
     start, (x, y), end = wire.points
     turn, after = (x, y + _BEND), (x + _BEND, y)
     axes.plot(*zip(start, turn, strict=True), color=_INK, lw=1.4, zorder=1)
@@ -250,9 +193,7 @@ def _draw_edge(axes: Axes, wire: Wire, name: str) -> None:
     codes = [Curve.MOVETO, Curve.CURVE3, Curve.CURVE3, Curve.LINETO]
     _draw_arrow(axes, Curve([turn, (x, y), after, end], codes), color, name)
     tint = tuple(0.85 + 0.15 * part for part in to_rgb(color))
-    # Not parsed as mathematics: a name may hold a dollar sign.
-    font = {"size": _FONT_SIZE, "family": "DejaVu Sans Mono", "parse_math": False}
-    _draw_box(axes, wire.label, wire.primitive, tint, color, **font)
+    _draw_box(axes, wire.label, wire.primitive, tint, color, **_LABEL_FONT)
 
 
 def _draw_arrow(axes: Axes, path: Curve, color: str, name: str) -> None:
@@ -296,10 +237,13 @@ def draw_strengths(
     map_height = 0.26 * num_edges
     left, between = 0.2 + 0.06 * max(map(len, _row_names(space))), 0.25
     # Column names stand at 45 degrees.
-    bottom = _MARGIN + 0.1 + 0.047 * max(map(len, space.primitives))
+    bottom = MARGIN + 0.1 + 0.047 * max(map(len, space.primitives))
     bar = left + 2 * map_width + 2 * between
     with _style():
-        figure = _new_figure(bar + 0.8, bottom + map_height + 0.35, title)
+        width, height = bar + 0.8, bottom + map_height + 0.35
+        top = height + _title_height(title or "", width)
+        figure = Figure(figsize=(width, top))
+        _write_title(figure, title or "", 0, top, width)
         scale = _color_scale(list(values.values()))
         for index, kind in enumerate(CELL_KINDS):
             x = left + index * (map_width + between)
@@ -336,6 +280,15 @@ def _color_scale(values: Sequence[np.ndarray]) -> Normalize:
 
 def _draw_heat_map(axes: Axes, values: np.ndarray, space: SearchSpace, scale: Normalize) -> None:
     """One cell's weights [E, P], each written into its field."""
+    image = _draw_fields(axes, values, space, scale)
+    luminance = image.to_rgba(np.ma.masked_invalid(values))[..., :3] @ (0.2126, 0.7152, 0.0722)
+    for (row, column), value in np.ndenumerate(values):
+        ink = "black" if luminance[row, column] > 0.46 else "white"  # where both read equally well
+        axes.text(column, row, f"{value:.2f}", size=7.5, color=ink, **_CENTERED)
+
+
+def _draw_fields(axes: Axes, values: np.ndarray, space: SearchSpace, scale: Normalize) -> AxesImage:
+    """One cell's weights [E, P] as colours, with the names of rows and columns."""
     shown = np.ma.masked_invalid(values)
     image = axes.imshow(shown, cmap=_COLOR_MAP, norm=scale, aspect="auto")
     axes.set_yticks(range(len(values)), _row_names(space), size=8)
@@ -346,10 +299,103 @@ def _draw_heat_map(axes: Axes, values: np.ndarray, space: SearchSpace, scale: No
     for row, (node, source) in enumerate(space.edges):
         if source == 0 and node > 2:  # a node's first edge
             axes.axhline(row - 0.5, color="white", lw=2)
-    luminance = image.to_rgba(shown)[..., :3] @ (0.2126, 0.7152, 0.0722)
-    for (row, column), value in np.ndenumerate(values):
-        ink = "black" if luminance[row, column] > 0.46 else "white"  # where both read equally well
-        axes.text(column, row, f"{value:.2f}", size=7.5, color=ink, **_CENTERED)
+    return image
+
+
+def draw_epochs(
+    genotypes: Sequence[Genotype],
+    strengths: Sequence[Mapping[str, Tensor]],
+    space: SearchSpace,
+    max_pictures: int = 100,
+) -> Iterator[Figure]:
+    """A picture of every epoch of a search, the cells with the edge weights beside them.
+
+    Nothing but what changes moves from one to the next: all have one grid, one colour scale and
+    one legend.
+
+    Args:
+        genotypes: of every epoch.
+        strengths: of every epoch, as in `draw_strengths`.
+        space: names the rows and columns.
+        max_pictures: of a longer search that many epochs, evenly spaced from first to last.
+
+    Raises:
+        UserError: for weights of another shape than the space's.
+    """
+    values = [
+        {kind: _checked_values(kind, epoch[kind], space) for kind in CELL_KINDS}
+        for epoch in strengths
+    ]
+    finite = np.concatenate([w[np.isfinite(w)] for epoch in values for w in epoch.values()])
+    # Not from 0, or nobody would see that weights that began as one drift apart.
+    scale = Normalize(min(finite, default=0), max(finite, default=1))
+    primitives = {name for genotype in genotypes for name in genotype.primitives}
+    last = len(genotypes) - 1
+    shown = np.linspace(0, last, min(len(genotypes), max_pictures)).round().astype(int)
+    for epoch in shown:
+        title = f"Epoch {epoch + 1} of {len(genotypes)}"
+        with _style():
+            figure = _draw_epoch(genotypes[epoch], values[epoch], space, scale, primitives, title)
+        yield figure
+
+
+def _draw_epoch(
+    genotype: Genotype,
+    values: Mapping[str, np.ndarray],
+    space: SearchSpace,
+    scale: Normalize,
+    primitives: Iterable[str],
+    title: str,
+) -> Figure:
+    cells = cell_layouts(genotype, max(map(len, primitives)))
+    left = max(cell.width for cell in cells.values()) + _GUTTER
+    names = 0.2 + 0.06 * max(map(len, _row_names(space)))
+    map_width = max(0.3 * len(space.primitives), 1.3)
+    width = left + names + map_width + 2 * MARGIN
+    legend = _legend_rows(primitives, left)
+    # Column names at 45 degrees, below the lower map.
+    foot = max(len(legend) * _LEGEND_PITCH, 0.047 * max(map(len, space.primitives))) + 2 * MARGIN
+    height = foot + sum(cell.height for cell in cells.values())
+    figure = Figure(figsize=(width, height + _title_height(title, width)))
+    _write_title(figure, title, 0, figure.get_size_inches()[1], width)
+    _draw_cells(figure, cells, 0, height)
+    _draw_legend(figure, legend)
+    for kind, cell in cells.items():
+        height -= cell.height
+        box = Box(left + names, height + MARGIN, width - 2 * MARGIN, height + cell.height - 0.3)
+        axes = _add_axes(figure, box)
+        _draw_fields(axes, values[kind], space, scale)
+        axes.set_title("edge weights", size=9)
+        axes.tick_params(labelbottom=kind == CELL_KINDS[-1])
+    return figure
+
+
+def save_animation(figures: Iterable[Figure], path: str | Path, seconds: float = 0.4) -> Path:
+    """Write pictures of one size as an animated GIF that begins anew after its end.
+
+    Args:
+        figures: one a frame; of a generator one is kept at a time.
+        path: of the file; its folder is created.
+        seconds: that a frame is shown; the last one stands still for three.
+    """
+    frames = [_frame(figure) for figure in figures]
+    # One palette for all, or colours would flicker. This way of choosing it keeps white white.
+    palette = frames[-1].quantize(256, Image.Quantize.MAXCOVERAGE)
+    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    durations = [int(1000 * seconds)] * (len(frames) - 1) + [3000]
+    with whole_file(path) as part:
+        frames[0].save(
+            part, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0
+        )
+    return Path(path)
+
+
+def _frame(figure: Figure) -> Image.Image:
+    with _style():
+        figure.set_dpi(_FRAME_DPI)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def save_figure(figure: Figure, path: str | Path) -> list[Path]:
@@ -393,15 +439,22 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _new_figure(width: float, height: float, title: str | None) -> Figure:
-    """A figure of this size and, above, as much more as the lines of the title take."""
-    size = 12
-    lines = textwrap.wrap(title or "", max(1, int(width * 72 / (0.68 * size))))
-    total = height + (0.12 + 0.22 * len(lines) if lines else 0)
-    figure = Figure(figsize=(width, total))
-    style: dict[str, Any] = {"size": size, "weight": "bold", "ha": "center", "va": "top"}
-    figure.text(0.5, 1 - _MARGIN / total, "\n".join(lines), **style, parse_math=False)
-    return figure
+def _title_lines(title: str, width: float) -> list[str]:
+    return textwrap.wrap(title, max(1, int(width * 72 / (0.68 * _TITLE_SIZE))))
+
+
+def _title_height(title: str, width: float) -> float:
+    lines = _title_lines(title, width)
+    return MARGIN + 0.22 * len(lines) if lines else 0
+
+
+def _write_title(figure: Figure, title: str, left: float, top: float, width: float) -> None:
+    """Over the middle of what is `width` wide, wrapped to it, downwards from `top`."""
+    text = "\n".join(_title_lines(title, width))
+    total_width, total_height = figure.get_size_inches()
+    x, y = (left + width / 2) / total_width, (top - MARGIN) / total_height
+    style: dict[str, Any] = {"size": _TITLE_SIZE, "weight": "bold", "ha": "center", "va": "top"}
+    figure.text(x, y, text, **style, parse_math=False)
 
 
 def _add_axes(figure: Figure, box: Box) -> Axes:

@@ -32,7 +32,9 @@ from dartsl.search_space import SearchSpace, random_genotype
 SPACE = SearchSpace(("none", "skip_connect", "avg_pool_3x3"), 2)
 
 
-def search(*used: pl.Callback, alpha_rate: float = 0.3, **options: Any) -> SearchModule:
+def search(
+    *used: pl.Callback, alpha_rate: float = 0.3, ckpt_path: Path | None = None, **options: Any
+) -> SearchModule:
     """Two epochs of three steps on digits, with these callbacks."""
     torch.manual_seed(0)
     module = SearchModule(

@@ -28,6 +28,7 @@ from dartsl.help import help_text
 from dartsl.interop import official_state_dict
 from dartsl.networks import FinalNetwork
 from tests.modules.test_resume import assert_same
+from tests.reports import report_content
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
@@ -128,6 +129,7 @@ def experiment_arguments(name: str, images: Path, checkpoint: Path) -> list[str]
         return ["genotype=darts_v2", f"ckpt_path={checkpoint}", *small]
     return {
         "draw": ["genotype=darts_v2"],
+        "report": ["run_dir=run"],
         "quick_start": ["data.max_images=24", "trainer.max_epochs=1"],
     }[name]
 
@@ -139,6 +141,11 @@ def test_every_experiment_runs(name: str, images: Path, command: Command, tmp_pa
     with torch.random.fork_rng():
         network = FinalNetwork(published("darts_v2"), channels=4, num_cells=3, num_classes=3)
     torch.save(official_state_dict(network), checkpoint)
+    if name == "report":
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "history.jsonl").write_text(
+            json.dumps({"epoch": 0, "seconds": 1.5, "metrics": {"train/train_loss": 2.5}}) + "\n"
+        )
     arguments = experiment_arguments(name, images, checkpoint)
     result = command(f"experiment={name}", *arguments)
     assert result.code == 0, result.error
@@ -146,8 +153,9 @@ def test_every_experiment_runs(name: str, images: Path, command: Command, tmp_pa
         assert 0 <= result.accuracy <= 100
     if name.startswith("search"):
         assert {path.name for path in result.output_dir.iterdir()} >= {
-            "cells.png", "cells.svg", "checkpoints", "config.yaml", "csv", "genotype.yaml",
-            "genotype_best.yaml", "strengths.png", "strengths.svg",
+            "cells.png", "cells.svg", "checkpoints", "config.yaml", "csv", "environment.yaml",
+            "genotype.yaml", "genotype_best.yaml", "history.jsonl", "report.html", "search.gif",
+            "strengths.png", "strengths.svg",
         }  # fmt: skip
 
 
@@ -215,6 +223,10 @@ def test_search_then_train_then_evaluate(command: Command) -> None:
     trained = command(*arguments[2:], "data.max_images=60", "trainer.max_epochs=2")
     assert trained.code == 0, trained.error
     (checkpoint,) = Path("outputs/train_digits").glob("*/checkpoints/last.ckpt")
+    measured = OmegaConf.load(checkpoint.parents[1] / "test.yaml")
+    assert 100 * measured.accuracy == pytest.approx(trained.accuracy, abs=0.005)
+    assert Genotype.load(checkpoint.parents[1] / "genotype.yaml") == found
+    assert (checkpoint.parents[1] / "report.html").exists()
 
     genotype = f"genotype.path={searched.output_dir / 'genotype.yaml'}"
     network = ["network.channels=16", "network.num_cells=3", "network.auxiliary=false"]
@@ -274,6 +286,7 @@ def test_a_sweep_runs_each_seed_in_its_own_folder(command: Command) -> None:
     result = command("-m", "experiment=search_digits", *ON_DIGITS, *SMALL_SEARCH, "seed=0,1",
                      "print_config=false", "hydra.sweep.dir=sweep")  # fmt: skip
     assert result.code == 0, result.error
+    assert Path("sweep/report.html").exists()
     for job in ("0", "1"):
         assert (Path("sweep") / job / "genotype.yaml").exists()
         assert OmegaConf.load(Path("sweep") / job / "config.yaml").seed == int(job)
@@ -289,6 +302,11 @@ def test_a_failed_job_of_a_sweep_costs_that_job_only(command: Command) -> None:
     assert "Error: max_images=1 must be at least 2" in result.error
     assert not Path("sweep/0/genotype.yaml").exists()
     assert Path("sweep/1/genotype.yaml").exists()
+    jobs = report_content(Path("sweep"))["tables"]
+    assert [table["rows"][0][:2] for table in jobs] == [
+        ["0", "data.max_images=1"],
+        ["1", "data.max_images=24"],
+    ]
 
 
 def test_the_papers_four_searches_as_a_sweep(composed: Callable[..., None]) -> None:
@@ -322,6 +340,16 @@ def test_draw(name: str, command: Command) -> None:
     with Image.open("pictures/cells.png") as picture:
         assert min(picture.size) > 500
     assert Path("pictures/cells.svg").read_text().startswith("<?xml")
+
+
+def test_draw_several_side_by_side(command: Command) -> None:
+    published("nasnet").save("found.yaml")
+    given = ("genotypes=[darts_v1,found.yaml]", "genotype=random", "hydra.run.dir=pictures")
+    result = command("experiment=draw", *given)
+    assert result.code == 0, result.error
+    svg = Path("pictures/cells.svg").read_text()
+    for edge, number in (("normal-edge-7", 3), ("normal-edge-9", 1)):
+        assert svg.count(f'id="{edge}"') == number
 
 
 @pytest.mark.slow
@@ -445,6 +473,16 @@ experiment=search_digits callbacks.checkpoint.every_n_minutes=-1
     callbacks.checkpoint.every_n_minutes=-1 must be positive
 experiment=search_digits hydra.run.dir={ROOT}/README.md/x
     Cannot use the file or folder
+experiment=report
+    The command lacks run_dir=...
+experiment=report run_dir=nowhere
+    No run in 'nowhere': give run_dir=FOLDER
+experiment=draw genotypes=[darts_v1,drats_v2]
+    Unknown genotype 'drats_v2'. Did you mean 'darts_v2'?
+experiment=draw genotypes=drats_v2
+    Unknown genotype 'drats_v2'. Did you mean 'darts_v2'?
+experiment=draw genotypes=[outputs/no.yaml]
+    Cannot read the genotype file 'outputs/no.yaml'
 ckpt_path=last
     The quick start is two runs
 """

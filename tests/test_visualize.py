@@ -7,22 +7,24 @@ import warnings
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from dartsl.errors import UserError
 from dartsl.genotype import Genotype, published
-from dartsl.search_space import SearchSpace
+from dartsl.layout import Box, CellLayout, Wire, cell_layouts, layout_cell
+from dartsl.search_space import SearchSpace, discretize
 from dartsl.visualize import (
     COLORS,
-    Box,
-    CellLayout,
-    Wire,
+    draw_epochs,
     draw_genotype,
+    draw_genotypes,
     draw_strengths,
-    layout_cell,
+    save_animation,
     save_figure,
 )
 
@@ -168,7 +170,8 @@ def test_written_labels_fit_into_their_boxes(genotype):
         layout_cell(genotype.reduce, genotype.reduce_concat, characters),
     ]
     total = figure.get_size_inches()[1]
-    offsets = [cells[1].height, 0.0]
+    legend = figure.axes[-1].get_position().height * total
+    offsets = [cells[1].height + legend, legend]
     room = [
         (name, box.left, box.bottom + offset, box.right, box.top + offset)
         for cell, offset in zip(cells, offsets, strict=True)
@@ -197,6 +200,23 @@ def test_written_labels_fit_into_their_boxes(genotype):
         assert not overlap(a, b)
 
 
+def test_genotypes_side_by_side_have_one_grid_and_one_legend():
+    names = ["darts_v1", "nasnet", "darts_v2", "snas", "amoebanet"]
+    figure = draw_genotypes([(name, published(name)) for name in names])
+    written = [(text.get_text(), box) for text, box in texts_and_extents(figure)]
+    for (_, a), (_, b) in itertools.combinations(written, 2):
+        assert not overlap(a, b)
+    titles = {text: box for text, box in written if text in names}
+    assert list(titles) == names
+    rows = [{titles[name].top for name in row} for row in (names[:3], names[3:])]
+    assert [len(tops) for tops in rows] == [1, 1]
+    legend = [text.get_text() for text in figure.axes[-1].texts]
+    used = {primitive for name in names for primitive in published(name).primitives}
+    assert legend == [primitive for primitive in COLORS if primitive in used]
+    for line, primitive in zip(figure.axes[-1].lines, legend, strict=True):
+        assert line.get_color() == COLORS[primitive]
+
+
 @pytest.mark.parametrize("name", ["darts_v2", "amoebanet"])
 def test_the_picture_holds_one_arrow_per_edge_and_concatenated_node(name, tmp_path):
     genotype = published(name)
@@ -210,7 +230,7 @@ def test_the_picture_holds_one_arrow_per_edge_and_concatenated_node(name, tmp_pa
 
 def test_nodes_are_named_as_in_the_paper():
     figure = draw_genotype(published("darts_v2"))
-    for axes in figure.axes:
+    for axes in figure.axes[:2]:
         written = [text.get_text() for text in axes.texts]
         for name in ("$c_{k-2}$", "$c_{k-1}$", "0", "1", "2", "3", "$c_{k}$"):
             assert written.count(name) == 1
@@ -284,6 +304,59 @@ def test_degenerate_weights_are_drawn_without_a_warning(value, tmp_path):
         figure = draw_strengths({"normal": weights, "reduce": weights}, SPACE)
         save_figure(figure, tmp_path / "strengths")
     assert {text.get_text() for text in figure.axes[0].texts} == {f"{value:.2f}"}
+
+
+def found(seed: int) -> tuple[Genotype, dict[str, torch.Tensor]]:
+    """What an epoch of a search finds."""
+    generator, space = torch.Generator().manual_seed(seed), SearchSpace()
+    shape = len(space.edges), len(space.primitives)
+    strengths = {
+        kind: torch.randn(shape, generator=generator).softmax(1) for kind in ("normal", "reduce")
+    }
+    return discretize(strengths, space), strengths
+
+
+def test_only_what_changes_moves_in_an_animation(tmp_path):
+    genotypes, strengths = zip(*map(found, range(3)), strict=True)
+    space = SearchSpace()
+    figures = list(draw_epochs(genotypes, strengths, space))
+    boxes = [[axes.get_position().bounds for axes in figure.axes] for figure in figures]
+    assert boxes[0] == boxes[1] == boxes[2]
+    legends = {tuple(text.get_text() for text in figure.axes[2].texts) for figure in figures}
+    assert len(legends) == 1
+    scales = {axes.images[0].get_clim() for figure in figures for axes in figure.axes[3:]}
+    assert len(scales) == 1
+    assert [figure.texts[0].get_text() for figure in figures] == [
+        f"Epoch {number} of 3" for number in (1, 2, 3)
+    ]
+    for figure in figures:
+        written = list(texts_and_extents(figure))
+        for (_, a), (_, b) in itertools.combinations(written, 2):
+            assert not overlap(a, b)
+
+    fewer = draw_epochs(genotypes, strengths, space, max_pictures=2)
+    assert [figure.texts[0].get_text() for figure in fewer] == ["Epoch 1 of 3", "Epoch 3 of 3"]
+
+    path = save_animation(figures, tmp_path / "new" / "search.gif", seconds=0.2)
+    with Image.open(path) as animation:
+        assert animation.n_frames == 3
+        assert animation.info["loop"] == 0
+        durations, frames = [], []
+        for index in range(3):
+            animation.seek(index)
+            durations.append(animation.info["duration"])
+            frames.append(np.asarray(animation.convert("RGB")).copy())
+    assert durations == [200, 200, 3000]
+    assert all((frame[0, 0] == 255).all() for frame in frames)
+    # A node stands where it stood, pixel for pixel.
+    node = cell_layouts(genotypes[0])["normal"].nodes[3]
+    height, dpi = figures[0].get_size_inches()[1], 100
+    lower = figures[0].axes[0].get_position().y0 * height
+    rows = slice(int((height - lower - node.top) * dpi), int((height - lower - node.bottom) * dpi))
+    columns = slice(int((node.left + 0.1) * dpi), int((node.right - 0.1) * dpi))
+    parts = [frame[rows, columns] for frame in frames]
+    assert (parts[0] < 100).any()  # its number
+    assert all((part == parts[0]).all() for part in parts)
 
 
 def test_weights_of_another_space_are_refused():

@@ -1,0 +1,118 @@
+"""A run as its folder tells of it."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dartsl.callbacks import GENOTYPE_FILE
+from dartsl.genotype import Genotype
+from dartsl.history import HISTORY_FILE, TEST_FILE, read_history
+
+CONFIG_FILE = "config.yaml"
+ENVIRONMENT_FILE = "environment.yaml"
+REPORT_FILE = "report.html"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A search or a training; every file may be missing, as those of a run that failed are.
+
+    Attributes:
+        folder: where it wrote.
+    """
+
+    folder: Path
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The config, without interpolations."""
+        return _read_yaml(self.folder / CONFIG_FILE)
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        """What it ran on."""
+        return _read_yaml(self.folder / ENVIRONMENT_FILE)
+
+    @cached_property
+    def test(self) -> dict[str, float | None]:
+        """What the test measured."""
+        return _read_yaml(self.folder / TEST_FILE)
+
+    @cached_property
+    def history(self) -> list[dict[str, Any]]:
+        """A line an epoch."""
+        return read_history(self.folder)
+
+    @cached_property
+    def genotype(self) -> Genotype | None:
+        """What was found or trained."""
+        path = self.folder / GENOTYPE_FILE
+        return Genotype.load(path) if path.is_file() else None
+
+    @cached_property
+    def overrides(self) -> list[str]:
+        """What the command gave."""
+        for folder in (self.folder, self.folder.parent):  # the quick start's parts have one above
+            path = folder / ".hydra" / "overrides.yaml"
+            if path.is_file():
+                return list(yaml.safe_load(path.read_text(encoding="utf-8")) or ())
+        return []
+
+    @property
+    def task(self) -> str:
+        """What kind of run it is: "search" or "train"."""
+        return str(self.config.get("task", "run"))
+
+    @property
+    def halves(self) -> tuple[str, str]:
+        """What its weights were fitted to, and what else was looked at after every epoch."""
+        if self.task == "search":
+            return "weight half", "alpha half"
+        fraction = (self.config.get("data") or {}).get("train_fraction")
+        # Without images of its own the validation looks at the test set, as the official code does.
+        return "training set", "test set" if fraction == 1 else "validation set"
+
+    @property
+    def max_epochs(self) -> int | None:
+        """The epochs that it was to have; None where something else ends it."""
+        epochs = (self.config.get("trainer") or {}).get("max_epochs")
+        return epochs if isinstance(epochs, int) and epochs > 0 else None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it has all its epochs, and a training its test."""
+        epochs = bool(self.history) and len(self.history) >= (self.max_epochs or 1)
+        return epochs and (self.task != "train" or bool(self.test))
+
+    @property
+    def seconds(self) -> float:
+        """What its epochs took together."""
+        return float(sum(line["seconds"] for line in self.history))
+
+    def column(self, metric: str) -> list[float | None]:
+        """A metric's value in every epoch."""
+        return [line["metrics"].get(metric) for line in self.history]
+
+
+def runs_below(folder: Path) -> list[Run]:
+    """The runs in the folders below this one, those of a sweep that failed included."""
+    names = HISTORY_FILE, ENVIRONMENT_FILE
+    runs = {path.parent for name in names for path in folder.rglob(name)} - {folder}
+    for path in folder.glob("*/.hydra"):  # of a job that failed before it began too
+        if not any(run.is_relative_to(path.parent) for run in runs):
+            runs.add(path.parent)
+    return [Run(path) for path in sorted(runs, key=_natural)]
+
+
+def _natural(path: Path) -> list[tuple[int, int, str]]:
+    """Job 10 after job 9."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in path.parts]
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
