@@ -120,6 +120,16 @@ def _plain_choices(hint: Any) -> Iterator[str]:
         yield _WORDS.get(hint, f"a {getattr(hint, '__name__', hint)}")
 
 
+# Launchers and sweepers that come with an extra of this package -> the extra.
+EXTRAS = {
+    "hydra/launcher/joblib": "joblib",
+    "hydra/launcher/submitit_local": "submitit",
+    "hydra/launcher/submitit_slurm": "submitit",
+    "hydra/launcher/ray": "ray",
+    "hydra/sweeper/optuna": "optuna",
+}
+
+
 def find_mistake(error: BaseException | None, groups: Iterable[str]) -> UserError | None:
     """The mistake behind an exception; Hydra and OmegaConf wrap those of what they build.
 
@@ -129,6 +139,11 @@ def find_mistake(error: BaseException | None, groups: Iterable[str]) -> UserErro
     """
     if error is None or isinstance(error, UserError):
         return error
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file in EXTRAS:
+        return UserError(
+            f"{error.missing_cfg_file} is an extra that is not installed: "
+            f"pip install -e '.[{EXTRAS[error.missing_cfg_file]}]'"
+        )
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return unknown(group, name, error.options)
@@ -198,6 +213,18 @@ def given_overrides() -> list[str]:
     """The overrides of the command line but the experiment's name."""
     given = HydraConfig.get().overrides.task
     return [override for override in given if not override.startswith("experiment=")]
+
+
+def kept_overrides(given: Iterable[str] | None = None) -> list[str]:
+    """Those of the overrides that the next command needs too: the same data and hardware.
+
+    Args:
+        given: of a run; default: those of this one.
+    """
+    of_data = ("root", "image_size", "in_channels", "mean", "std", "num_workers")
+    kept = ("data=", "hardware=", *(f"data.{key}=" for key in of_data))
+    overrides = given_overrides() if given is None else given
+    return [override for override in overrides if override.startswith(kept)]
 
 
 def command(*overrides: str) -> str:

@@ -1,4 +1,4 @@
-"""What `run.py` can do: search, train, evaluate, draw, and the quick start.
+"""What `run.py` can do: search, train, evaluate, select, draw, and the quick start.
 
 A task takes the composed config and returns the number that a sweeper maximises.
 """
@@ -19,6 +19,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from dartsl import selection
 from dartsl.callbacks import GENOTYPE_FILE
 from dartsl.config import (
     build,
@@ -26,7 +27,7 @@ from dartsl.config import (
     check_types,
     command,
     compose_experiment,
-    given_overrides,
+    kept_overrides,
     print_tree,
     quote,
     relative,
@@ -38,6 +39,7 @@ from dartsl.genotype import Genotype
 from dartsl.interop import load_official_network
 from dartsl.modules.resumable import check_same_tensors
 from dartsl.processes import processes
+from dartsl.sweep import load_result, save_result
 from dartsl.visualize import draw_genotype, save_figure
 
 log = logging.getLogger(__name__)
@@ -51,9 +53,11 @@ def search(cfg: DictConfig) -> float | None:
     cfg.ckpt_path = find_checkpoint(cfg)
     with running(cfg) as (trainer, data):
         trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
+    accuracy = metric(trainer, "search/val_accuracy")
+    save_result(cfg.output_dir, val_accuracy=accuracy)
     if is_first_process():
         report_genotype(cfg)
-    return metric(trainer, "search/val_accuracy")
+    return accuracy
 
 
 def train(cfg: DictConfig) -> float | None:
@@ -61,6 +65,7 @@ def train(cfg: DictConfig) -> float | None:
 
     With data.train_fraction=1 the validation set is the test set, as in the official code; without
     any validation it is the test accuracy that is returned. Nothing may be selected by either.
+    With test=false the test set is left alone.
     """
     prepare(cfg)
     network = build(cfg.network)(genotype=find_genotype(cfg))
@@ -68,9 +73,11 @@ def train(cfg: DictConfig) -> float | None:
     cfg.ckpt_path = find_checkpoint(cfg)
     with running(cfg) as (trainer, data):
         trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
-        validation = metric(trainer, "train/val_accuracy")
-        trainer.test(module, datamodule=data, verbose=False)
-    test = report_test(trainer)
+        validation, test = metric(trainer, "train/val_accuracy"), None
+        if cfg.test:
+            trainer.test(module, datamodule=data, verbose=False)
+            test = report_test(trainer)
+    save_result(cfg.output_dir, val_accuracy=validation, test_accuracy=test)
     return test if validation is None else validation
 
 
@@ -90,7 +97,16 @@ def evaluate(cfg: DictConfig) -> float:
     module = build(cfg.module)(network=network)
     with running(cfg) as (trainer, data):
         trainer.test(module, datamodule=data, verbose=False)
-    return report_test(trainer)
+    accuracy = report_test(trainer)
+    save_result(cfg.output_dir, test_accuracy=accuracy)
+    return accuracy
+
+
+def select(cfg: DictConfig) -> float | None:
+    """Of the genotypes that searches found, the best after a short training of each."""
+    check_missing(cfg)
+    check_types(cfg)
+    return selection.select(cfg, run)
 
 
 def draw(cfg: DictConfig) -> None:
@@ -114,6 +130,7 @@ def quick_start(cfg: DictConfig) -> float | None:
     trained = compose_experiment(cfg.experiments[1], steps[1], "genotype=from_file", genotype)
     search(searched)
     accuracy = train(trained)
+    save_result(folder, **(load_result(trained.output_dir) or {}))
     print(f"Next:     {command(f'experiment={cfg.next_experiment}')}")
     return accuracy
 
@@ -269,17 +286,15 @@ def report_test(trainer: pl.Trainer) -> float:
 
 def next_command(cfg: DictConfig) -> str:
     """The command that trains what a search found, on the same data and hardware."""
-    of_data = ("root", "image_size", "in_channels", "mean", "std", "num_workers")
-    kept = ("data=", "hardware=", *(f"data.{key}=" for key in of_data))
     return command(
         f"experiment={cfg.next_experiment}",
-        *(override for override in given_overrides() if override.startswith(kept)),
+        *kept_overrides(),
         "genotype=from_file",
         f"genotype.path={quote(relative(Path(cfg.output_dir) / GENOTYPE_FILE))}",
     )
 
 
-TASKS = {task.__name__: task for task in (search, train, evaluate, draw, quick_start)}
+TASKS = {task.__name__: task for task in (search, train, evaluate, select, draw, quick_start)}
 
 
 def run(cfg: DictConfig) -> float | None:
