@@ -183,8 +183,12 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
     callbacks = [instantiate(node) for node in (cfg.get("callbacks") or {}).values()]
     loggers = [instantiate(node) for node in (cfg.get("logger") or {}).values()]
     try:
-        return build(cfg.trainer)(callbacks=callbacks, logger=loggers)
-    except MisconfigurationException as error:
+        trainer: pl.Trainer = build(cfg.trainer)(callbacks=callbacks, logger=loggers)
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        if environment is not None:  # what Lightning would check after all data is read
+            environment.validate_settings(trainer.num_devices, trainer.num_nodes)
+        return trainer
+    except (MisconfigurationException, ValueError) as error:
         raise UserError(
             f"This machine cannot run with these settings: {error} "
             "hardware=auto takes what there is."
