@@ -151,8 +151,9 @@ def prepare(cfg: DictConfig) -> None:
         raise UserError(f"seed={cfg.seed} must be a whole number from 0 to 2^32 - 1.")
     if cfg.threads is not None and not (isinstance(cfg.threads, int) and cfg.threads >= 1):
         raise UserError(f"threads={cfg.threads} must be a whole number of at least 1, or null.")
+    check_fit(cfg)
     output_dir = Path(cfg.output_dir)
-    if is_first_process() and (output_dir / "checkpoints").exists() and cfg.ckpt_path is None:
+    if is_first_process() and cfg.ckpt_path is None and holds_run(output_dir):
         raise UserError(
             f"{output_dir} holds a run already: go on with it by ckpt_path=last, or choose another "
             "folder by hydra.run.dir=FOLDER."
@@ -162,14 +163,41 @@ def prepare(cfg: DictConfig) -> None:
     pl.seed_everything(cfg.seed, verbose=False)
 
 
+def check_fit(cfg: DictConfig) -> None:
+    """Raise a UserError where the network does not take the data's images or classes."""
+    network = cfg.get("supernet") or cfg.get("network") or {}
+    data = cfg.get("data") or {}
+    for key in ("in_channels", "num_classes"):
+        if key in network and key in data and network[key] != data[key]:
+            raise UserError(
+                f"The network has {key}={network[key]}, but the data {key}={data[key]}: set "
+                f"data.{key} alone, the network takes it from there."
+            )
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run has left checkpoints in a folder.
+
+    Raises:
+        UserError: where there can be no such folder.
+    """
+    try:
+        return (folder / "checkpoints").exists()
+    except OSError as error:
+        raise UserError(f"Cannot write into {folder}: {error.strerror}.") from error
+
+
 def announce(cfg: DictConfig) -> None:
     """Show and keep the config of a run that is about to start."""
     if not is_first_process():
         return
     plain = resolved(cfg)
     output_dir = Path(cfg.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(plain, output_dir / "config.yaml")
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(plain, output_dir / "config.yaml")
+    except OSError as error:
+        raise UserError(f"Cannot write into {output_dir}: {error.strerror}.") from error
     if cfg.print_config:
         print_tree(plain)
 
@@ -188,7 +216,7 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
         if environment is not None:  # what Lightning would check after all data is read
             environment.validate_settings(trainer.num_devices, trainer.num_nodes)
         return trainer
-    except (MisconfigurationException, ValueError) as error:
+    except (MisconfigurationException, TypeError, ValueError) as error:
         raise UserError(
             f"This machine cannot run with these settings: {error} "
             "hardware=auto takes what there is."
@@ -260,7 +288,11 @@ def read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], bool]:
         reason = "it is no checkpoint" if Path(path).is_file() else "there is no such file"
         raise UserError(f"Cannot read the checkpoint {path!r}: {reason}.") from error
     tensors = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not tensors or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+    if (
+        not isinstance(tensors, dict)
+        or not tensors
+        or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in tensors.items())
+    ):
         raise UserError(f"The checkpoint {path!r} holds no network's weights.")
     prefix = "network."
     ours = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
