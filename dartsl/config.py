@@ -25,7 +25,12 @@ from hydra.errors import (
 )
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    GrammarParseError,
+    OmegaConfBaseException,
+)
 from rich.syntax import Syntax
 from rich.tree import Tree
 
@@ -191,12 +196,14 @@ def find_mistake(error: BaseException | None, groups: Iterable[str]) -> UserErro
         return UserError(
             f"{refused[1]!r} is no part of this experiment; what is, `--cfg job` shows."
         )
+    if isinstance(error, ConfigCompositionException) and isinstance(cause, GrammarParseError):
+        return UserError(f"{error}: {' '.join(str(cause).split())}.")
     mistake = find_mistake(cause, groups)
     if mistake is None and (
         isinstance(error, ConfigCompositionException | OmegaConfBaseException)
         or str(error).startswith("Config group override")  # of Hydra, a plain ValueError
     ):
-        return UserError(" ".join(f"{error} {cause or ''}".split()))
+        return UserError(" ".join(str(error).split()))
     return mistake
 
 
