@@ -69,11 +69,13 @@ def select(cfg: DictConfig, train: Callable[[DictConfig], float | None]) -> floa
     """
     check_numbers(cfg)
     candidates = find_candidates(cfg)
-    if cfg.only is not None and str(cfg.only) not in [each.name for each in candidates]:
-        raise unknown("candidate", str(cfg.only), [each.name for each in candidates])
+    names = [candidate.name for candidate in candidates]
+    chosen = names if cfg.only is None else [str(cfg.only)]
+    if not set(chosen) <= set(names):
+        raise unknown("candidate", cfg.only, names)
     accuracies = {c: a for c in candidates if (a := finished_accuracy(cfg, c)) is not None}
     for candidate in candidates:
-        if candidate not in accuracies and cfg.only in (None, candidate.name):
+        if candidate not in accuracies and candidate.name in chosen:
             print(f"\nTraining {candidate.name} ({len(accuracies) + 1} of {len(candidates)})")
             accuracy = train(training_of(cfg, candidate))
             assert accuracy is not None

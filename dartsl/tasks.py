@@ -53,7 +53,7 @@ def search(cfg: DictConfig) -> float | None:
     cfg.ckpt_path = find_checkpoint(cfg)
     with running(cfg) as (trainer, data):
         trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
-    accuracy = metric(trainer, "search/val_accuracy")
+        accuracy = validation_accuracy(trainer, module, data, "search/val_accuracy")
     save_result(cfg.output_dir, val_accuracy=accuracy)
     if is_first_process():
         report_genotype(cfg)
@@ -73,7 +73,8 @@ def train(cfg: DictConfig) -> float | None:
     cfg.ckpt_path = find_checkpoint(cfg)
     with running(cfg) as (trainer, data):
         trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
-        validation, test = metric(trainer, "train/val_accuracy"), None
+        validation = validation_accuracy(trainer, module, data, "train/val_accuracy")
+        test = None
         if cfg.test:
             trainer.test(module, datamodule=data, verbose=False)
             test = report_test(trainer)
@@ -291,7 +292,7 @@ def read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], bool]:
     if (
         not isinstance(tensors, dict)
         or not tensors
-        or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in tensors.items())
+        or not all(isinstance(k, str) and is_plain(v) for k, v in tensors.items())
     ):
         raise UserError(f"The checkpoint {path!r} holds no network's weights.")
     prefix = "network."
@@ -299,8 +300,24 @@ def read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], bool]:
     return (ours, False) if ours else (tensors, True)
 
 
-def metric(trainer: pl.Trainer, name: str) -> float | None:
-    """A logged metric's last value, if it was logged."""
+def is_plain(value: Any) -> bool:
+    """Whether a value is a tensor of numbers, as weights are."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and not (value.is_meta or value.is_quantized or value.is_complex())
+    )
+
+
+def validation_accuracy(
+    trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, name: str
+) -> float | None:
+    """A fit's last validation accuracy, logged as `name`; None where nothing is validated.
+
+    A fit that goes on from a checkpoint of its end has not logged one: then it is measured.
+    """
+    if name not in trainer.callback_metrics and trainer.limit_val_batches > 0:
+        trainer.validate(module, datamodule=data, verbose=False)
     value = trainer.callback_metrics.get(name)
     return None if value is None else value.item()
 

@@ -103,7 +103,7 @@ def test_what_is_trained_is_not_trained_again(
 MISTAKES = {
     ("run_dir=nowhere",): "No genotype in nowhere: run_dir is the folder of a sweep of searches",
     (): "The command lacks run_dir=...",
-    ("run_dir=searches", "only=7"): "Unknown candidate '7'",
+    ("run_dir=searches", "only=7"): "Unknown candidate 7. Choices: 0, 1.",
     ("run_dir=searches", "data.train_fraction=1"): "leaves no training images to select by",
     ("run_dir=searches", "trainer.limit_val_batches=0"): "leaves no images to select by",
     ("run_dir=searches", "random_cells=-1"): "random_cells=-1 must be a whole number",
