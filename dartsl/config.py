@@ -11,7 +11,7 @@ import shlex
 import sys
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, cast
 
@@ -27,7 +27,12 @@ from hydra.errors import (
 from hydra.types import RunMode
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    GrammarParseError,
+    OmegaConfBaseException,
+)
 from rich.syntax import Syntax
 from rich.tree import Tree
 
@@ -74,13 +79,26 @@ def _missing_keys(node: Any, path: tuple[str, ...] = ()) -> list[str]:
     return [".".join(path)] if node == "???" else []
 
 
+# What the tasks themselves take.
+_TASK_TYPES = {
+    "task": str, "seed": int, "threads": int | None, "ckpt_path": str | None, "output_dir": str,
+    "print_config": bool, "test": bool, "next_experiment": str | None, "run_dir": str,
+    "random_cells": int,
+}  # fmt: skip
+
+
 def check_types(cfg: DictConfig) -> None:
-    """Raise a UserError for a number, switch or text where its `_target_` takes something else."""
-    for path, node in _targets(OmegaConf.to_container(cfg, resolve=True)):
-        for name, hint in parameter_types(get_object(node["_target_"])).items():
-            value = node.get(name)
-            if isinstance(value, str | int | float) and not admits(hint, value):
-                raise UserError(f"{path}{name}={value} must be {describe(hint)}.")
+    """Raise a UserError for a value of another type than what it is given to takes."""
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    _check_types("", cast(dict[str, Any], plain), _TASK_TYPES)
+    for path, node in _targets(plain):
+        _check_types(path, node, parameter_types(get_object(node["_target_"])))
+
+
+def _check_types(path: str, node: dict[str, Any], hints: dict[str, Any]) -> None:
+    for name, hint in hints.items():
+        if name in node and not admits(hint, node[name]):
+            raise UserError(f"{path}{name}={node[name]} must be {describe(hint)}.")
 
 
 def _targets(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -95,37 +113,52 @@ def _targets(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
 def parameter_types(target: Any) -> dict[str, Any]:
     """The annotations of a function's or a constructor's parameters, those behind ** included."""
     if not inspect.isclass(target):
-        return typing.get_type_hints(target)
+        return _function_types(target)
     hints: dict[str, Any] = {}
     for base in reversed(target.__mro__):
         if "__init__" in vars(base):
-            hints |= typing.get_type_hints(vars(base)["__init__"])
+            hints |= _function_types(vars(base)["__init__"])
     return hints
 
 
-def admits(hint: Any, value: str | float) -> bool:
-    """Whether a parameter with this annotation takes a plain value."""
+def _function_types(function: Any) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters.items()
+    optional = {name for name, parameter in parameters if parameter.default is None}
+    hints = typing.get_type_hints(function)
+    hints.pop("return", None)
+    return {name: hint | None if name in optional else hint for name, hint in hints.items()}
+
+
+def admits(hint: Any, value: Any) -> bool:
+    """Whether a parameter with this annotation takes the value of a config."""
+    if isinstance(value, dict) and "_target_" in value:
+        return True  # whatever that is
     origin = typing.get_origin(hint) or hint
     if origin in (Union, types.UnionType):
         return any(admits(part, value) for part in typing.get_args(hint))
     if origin is Literal:
         return value in typing.get_args(hint)
-    if origin is Any or not inspect.isclass(origin):
+    if origin is Any or origin is object or not inspect.isclass(origin):
         return True
-    if isinstance(value, bool):
-        return origin is bool
+    if isinstance(value, list | dict):
+        return issubclass(type(value), origin) or (isinstance(value, list) and origin is tuple)
+    if value is None or isinstance(value, bool):
+        return origin is type(value)
     if origin in _ALSO_TAKE:
         return isinstance(value, _ALSO_TAKE[origin])
     return origin in (int, str) and isinstance(value, origin)  # nothing else is a plain value
 
 
 _ALSO_TAKE: dict[Any, Any] = {float: int | float, Path: str}
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+_WORDS = {
+    int: "a whole number", float: "a number", bool: "true or false", str: "a text",
+    list: "a list", tuple: "a list", Sequence: "a list",
+}  # fmt: skip
 
 
 def describe(hint: Any) -> str:
-    """The plain values that a parameter with this annotation takes, in words."""
-    parts = list(dict.fromkeys(_plain_choices(hint)))
+    """What a parameter with this annotation takes of what a config can hold, in words."""
+    parts = list(dict.fromkeys(_plain_choices(hint))) or ["something else"]
     return parts[0] if len(parts) == 1 else f"one of {', '.join(parts)}"
 
 
@@ -139,7 +172,17 @@ def _plain_choices(hint: Any) -> Iterator[str]:
     elif origin is Literal:
         yield from map(str, arguments)
     else:
-        yield _WORDS.get(hint, f"a {getattr(hint, '__name__', hint)}")
+        yield _WORDS.get(origin or hint, f"a {getattr(hint, '__name__', hint)}")
+
+
+# Launchers and sweepers that come with an extra of this package -> the extra.
+EXTRAS = {
+    "hydra/launcher/joblib": "joblib",
+    "hydra/launcher/submitit_local": "submitit",
+    "hydra/launcher/submitit_slurm": "submitit",
+    "hydra/launcher/ray": "ray",
+    "hydra/sweeper/optuna": "optuna",
+}
 
 
 # Errors of disks and rights: no bug of ours, and nothing that a traceback would explain.
@@ -161,6 +204,11 @@ def find_mistake(error: BaseException | None, groups: Iterable[str]) -> UserErro
     if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
         name = "" if error.filename is None else f" {str(error.filename)!r}"
         return UserError(f"Cannot use the file or folder{name}: {error.strerror}.")
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file in EXTRAS:
+        return UserError(
+            f"{error.missing_cfg_file} is an extra that is not installed: "
+            f"pip install -e '.[{EXTRAS[error.missing_cfg_file]}]'"
+        )
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return unknown(group, name, error.options)
@@ -175,20 +223,26 @@ def find_mistake(error: BaseException | None, groups: Iterable[str]) -> UserErro
     if isinstance(error, OverrideParseException):
         return UserError(f"Cannot read {error.override!r}: {str(error).splitlines()[0]}.")
     cause = error.__cause__ or error.__context__
-    if isinstance(error, ConfigCompositionException) and cause is None:
-        refused = re.match(r"Could not override '(\w+)'", str(error))
+    refused = re.match(r"Could not override '(\w+)'", str(error))
+    if isinstance(error, ConfigCompositionException) and cause is None and refused:
         return UserError(
             f"{refused[1]!r} is no part of this experiment; what is, `--cfg job` shows."
-            if refused
-            else " ".join(str(error).split())
         )
-    return find_mistake(cause, groups)
+    if isinstance(error, ConfigCompositionException) and isinstance(cause, GrammarParseError):
+        return UserError(f"{error}: {' '.join(str(cause).split())}.")
+    mistake = find_mistake(cause, groups)
+    if mistake is None and (
+        isinstance(error, ConfigCompositionException | OmegaConfBaseException)
+        or str(error).startswith("Config group override")  # of Hydra, a plain ValueError
+    ):
+        return UserError(" ".join(str(error).split()))
+    return mistake
 
 
 # What may differ between a run and the one that goes on with it: nothing of it moves a number.
 FREE_KEYS = (
     "resume", "print_config", "output_dir", "next_experiment", "threads", "callbacks", "logger",
-    "hardware",
+    "hardware", "run_dir", "random_cells", "only",
     "data.num_workers", "trainer.accelerator", "trainer.devices", "trainer.num_nodes",
     "trainer.strategy", "trainer.log_every_n_steps", "trainer.profiler", "trainer.default_root_dir",
     "trainer.enable_model_summary", "trainer.num_sanity_val_steps",
@@ -263,6 +317,18 @@ def given_overrides() -> list[str]:
     """The overrides of the command line but the experiment's name."""
     given = HydraConfig.get().overrides.task
     return [override for override in given if not override.startswith("experiment=")]
+
+
+def kept_overrides(given: Iterable[str] | None = None) -> list[str]:
+    """Those of the overrides that the next command needs too: the same data and hardware.
+
+    Args:
+        given: of a run; default: those of this one.
+    """
+    of_data = ("root", "image_size", "in_channels", "mean", "std", "num_workers")
+    kept = ("data=", "hardware=", *(f"data.{key}=" for key in of_data))
+    overrides = given_overrides() if given is None else given
+    return [override for override in overrides if override.startswith(kept)]
 
 
 def command(*overrides: str) -> str:

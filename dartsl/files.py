@@ -7,6 +7,12 @@ from pathlib import Path
 
 from dartsl.errors import UserError
 
+# What a run leaves in its folder, beside genotype.GENOTYPE_FILE and what its callbacks write.
+CONFIG_FILE = "config.yaml"
+ENVIRONMENT_FILE = "environment.yaml"
+RESULT_FILE = "result.yaml"
+REPORT_FILE = "report.html"
+
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:

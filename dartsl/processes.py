@@ -145,13 +145,25 @@ def _start(number: int, function: Callable[..., Any], args: tuple[Any, ...]) -> 
     """Ranks 1 to `number` - 1; each finds its rank in the environment, where Lightning looks."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "NODE_RANK": "0"}
     others = []
-    for rank in range(1, number):
-        os.environ["LOCAL_RANK"] = str(rank)
-        other = multiprocessing.get_context("spawn").Process(target=_run, args=(function, args))
-        other.start()
-        others.append(other)
+    with _default_start_method("spawn"):
+        for rank in range(1, number):
+            os.environ["LOCAL_RANK"] = str(rank)
+            other = multiprocessing.get_context("spawn").Process(target=_run, args=(function, args))
+            other.start()
+            others.append(other)
     os.environ["LOCAL_RANK"] = "0"
     return others
+
+
+@contextmanager
+def _default_start_method(name: str) -> Iterator[None]:
+    """A new process sets this process' default as its own; joblib's workers have one of theirs."""
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method(name, force=True)
+    try:
+        yield
+    finally:
+        multiprocessing.set_start_method(before, force=True)
 
 
 def _free_port() -> int:

@@ -1,82 +1,47 @@
-"""What `run.py` can do: search, train, evaluate, draw, report, and the quick start.
+"""What `run.py` can do: search, train, evaluate, select, draw, report, and the quick start.
 
 A task takes the composed config and returns the number that a sweeper maximises.
 """
 
-import functools
 import io
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from collections.abc import Mapping
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import yaml
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.loggers import Logger
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from dartsl import selection
 from dartsl.callbacks import BEST_GENOTYPE_FILE
-from dartsl.checkpoints import LAST, PREVIOUS, find_fault, find_whole
+from dartsl.checkpoints import LAST
 from dartsl.config import (
     build,
     check_missing,
     check_types,
     command,
     compose_experiment,
-    differing_keys,
-    given_overrides,
-    print_tree,
+    kept_overrides,
     quote,
     relative,
-    resolved,
 )
 from dartsl.distributed import is_first_process
-from dartsl.environment import environment
 from dartsl.errors import UserError, unknown
-from dartsl.files import whole_file
+from dartsl.files import REPORT_FILE
 from dartsl.genotype import GENOTYPE_FILE, Genotype, published
 from dartsl.interop import load_official_network
 from dartsl.loggers import finished_runs, publish
 from dartsl.modules.resumable import check_same_tensors
-from dartsl.networks import FinalNetwork, Supernet
-from dartsl.networks.regions import compile_regions
-from dartsl.processes import processes
-from dartsl.report import REPORT_FILE, leave_report, write_report
-from dartsl.report.runs import CONFIG_FILE, ENVIRONMENT_FILE
+from dartsl.report import leave_report, write_report
+from dartsl.resume import find_checkpoint, resumable
+from dartsl.runs import compile_network, prepare, running
+from dartsl.sweep import load_result, save_result
 from dartsl.terminal import print_command, print_summary
 from dartsl.visualize import draw_genotypes, save_figure
-
-log = logging.getLogger(__name__)
-
-RESULT_FILE = "result.yaml"
-Task = Callable[[DictConfig], float | None]
-
-
-def resumable(task: Task) -> Task:
-    """A task that keeps its value in its folder; `resume=auto` goes on with it or skips it."""
-
-    @functools.wraps(task)
-    def start_or_go_on(cfg: DictConfig) -> float | None:
-        if cfg.resume not in (None, "auto"):
-            raise UserError(f"resume={cfg.resume} must be auto or null.")
-        result = Path(cfg.output_dir) / RESULT_FILE
-        if cfg.resume == "auto":
-            check_same_run(cfg)
-            if result.is_file():
-                return report_finished(result)
-        value = task(cfg)
-        if is_first_process() and not cfg.trainer.fast_dev_run:
-            with whole_file(result) as part:
-                part.write_text(yaml.safe_dump({"value": value}))
-        return value
-
-    return start_or_go_on
 
 
 @resumable
@@ -86,13 +51,15 @@ def search(cfg: DictConfig) -> float | None:
     supernet = build(cfg.supernet)()
     module = build(cfg.module)(supernet=supernet)
     cfg.ckpt_path = find_checkpoint(cfg)
-    with running(cfg) as (trainer, data):
+    with running(cfg, run_as_other) as (trainer, data):
         compile_network(cfg, trainer, module.supernet, getattr(module.hypergradient, "product", ""))
         trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
         leave_report(cfg.output_dir)
         if is_first_process():
             report_genotype(cfg, trainer, publish_search(cfg, trainer))
-    return metric(trainer, "search/val_accuracy")
+        accuracy = metric(trainer, "search/val_accuracy")
+    keep_result(cfg, val_accuracy=accuracy)
+    return accuracy
 
 
 @resumable
@@ -101,22 +68,26 @@ def train(cfg: DictConfig) -> float | None:
 
     With data.train_fraction=1 the validation set is the test set, as in the official code; without
     any validation it is the test accuracy that is returned. Nothing may be selected by either.
+    With test=false the test set is left alone.
     """
     prepare(cfg)
     genotype = find_genotype(cfg)
     network = build(cfg.network)(genotype=genotype)
     module = build(cfg.module)(network=network)
     cfg.ckpt_path = find_checkpoint(cfg)
-    with running(cfg) as (trainer, data):
+    with running(cfg, run_as_other) as (trainer, data):
         compile_network(cfg, trainer, module.network)
         if is_first_process():
             genotype.save(Path(cfg.output_dir) / GENOTYPE_FILE)
         trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
         validation = metric(trainer, "train/val_accuracy")
-        trained = scores(trainer, "train")
-        trainer.test(module, datamodule=data, verbose=False)
-        leave_report(cfg.output_dir)
-    test = report_test(cfg, trainer, trained)
+        rows, test = scores(trainer, "train"), None
+        if cfg.test:
+            trainer.test(module, datamodule=data, verbose=False)
+            test = metric(trainer, "test/accuracy")
+    leave_report(cfg.output_dir)
+    report_network(cfg, rows, test)
+    keep_result(cfg, val_accuracy=validation, test_accuracy=test)
     return test if validation is None else validation
 
 
@@ -135,9 +106,19 @@ def evaluate(cfg: DictConfig) -> float | None:
         check_same_tensors(network.state_dict(), state_dict, "this run's network")
         network.load_state_dict(state_dict)
     module = build(cfg.module)(network=network)
-    with running(cfg) as (trainer, data):
+    with running(cfg, run_as_other) as (trainer, data):
         trainer.test(module, datamodule=data, verbose=False)
-    return report_test(cfg, trainer, {})
+        accuracy = metric(trainer, "test/accuracy")
+    report_network(cfg, {}, accuracy)
+    keep_result(cfg, test_accuracy=accuracy)
+    return accuracy
+
+
+def select(cfg: DictConfig) -> float | None:
+    """Of the genotypes that searches found, the best after a short training of each."""
+    check_missing(cfg)
+    check_types(cfg)
+    return selection.select(cfg, run)
 
 
 def draw(cfg: DictConfig) -> None:
@@ -172,95 +153,13 @@ def quick_start(cfg: DictConfig) -> float | None:
     trained = compose_experiment(cfg.experiments[1], steps[1], "genotype=from_file", genotype)
     search(searched)
     accuracy = train(trained)
+    keep_result(cfg, **(load_result(trained.output_dir) or {}))
     leave_report(folder)
     print_command(command(f"experiment={cfg.next_experiment}"))
     return accuracy
 
 
 # ---- parts ---------------------------------------------------------------------------------------
-
-
-def prepare(cfg: DictConfig) -> None:
-    """Check the config and seed everything.
-
-    Raises:
-        UserError: for a missing value or one of another type, and where the output folder holds
-            another run.
-    """
-    check_missing(cfg)
-    check_types(cfg)
-    if not 0 <= cfg.seed < 2**32:
-        raise UserError(f"seed={cfg.seed} must be a whole number from 0 to 2^32 - 1.")
-    if cfg.threads is not None and not (isinstance(cfg.threads, int) and cfg.threads >= 1):
-        raise UserError(f"threads={cfg.threads} must be a whole number of at least 1, or null.")
-    output_dir = Path(cfg.output_dir)
-    goes_on = cfg.ckpt_path is not None or cfg.resume is not None
-    if is_first_process() and (output_dir / "checkpoints").exists() and not goes_on:
-        raise UserError(
-            f"{output_dir} holds a run already: go on with it by resume=auto, or choose another "
-            "folder by hydra.run.dir=FOLDER."
-        )
-    if cfg.threads is not None:
-        torch.set_num_threads(cfg.threads)
-    pl.seed_everything(cfg.seed, verbose=False)
-
-
-def announce(cfg: DictConfig, loggers: Iterable[Logger]) -> None:
-    """Show, keep and log the config of a run that is about to start."""
-    if not is_first_process():
-        return
-    plain = resolved(cfg)
-    with whole_file(Path(cfg.output_dir) / CONFIG_FILE) as part:
-        OmegaConf.save(plain, part)
-    ran_on = {"command": command(*HydraConfig.get().overrides.task), **environment()}
-    with whole_file(Path(cfg.output_dir) / ENVIRONMENT_FILE) as part:
-        text = yaml.safe_dump(ran_on, sort_keys=False, allow_unicode=True)
-        part.write_text(text, encoding="utf-8")
-    if cfg.print_config:
-        print_tree(plain)
-    values = cast(dict[str, Any], OmegaConf.to_container(plain))
-    for logger in loggers:
-        logger.log_hyperparams(values)
-
-
-def build_trainer(cfg: DictConfig) -> pl.Trainer:
-    """The Lightning Trainer with the config's callbacks and loggers.
-
-    Raises:
-        UserError: where this machine is not what `hardware` says.
-    """
-    callbacks = [instantiate(node) for node in (cfg.get("callbacks") or {}).values()]
-    loggers = [instantiate(node) for node in (cfg.get("logger") or {}).values()]
-    try:
-        return build(cfg.trainer)(callbacks=callbacks, logger=loggers)
-    except MisconfigurationException as error:
-        raise UserError(
-            f"This machine cannot run with these settings: {error} "
-            "hardware=auto takes what there is."
-        ) from error
-
-
-def compile_network(
-    cfg: DictConfig, trainer: pl.Trainer, network: Supernet | FinalNetwork, product: str = ""
-) -> None:
-    """Have the network's operations compiled if the config asks for it, and if they can be."""
-    if cfg.hardware.compile is None:
-        return
-    if product == "exact":
-        log.warning("What torch.compile makes is not differentiated twice: this runs uncompiled.")
-        return
-    device = trainer.strategy.root_device
-    compile_regions(network.regions(), cfg.hardware.compile, device)
-
-
-@contextmanager
-def running(cfg: DictConfig) -> Iterator[tuple[pl.Trainer, pl.LightningDataModule]]:
-    """The trainer and the data of a run; within, the trainer's other processes run it too."""
-    trainer = build_trainer(cfg)
-    data = instantiate(cfg.data)
-    announce(cfg, trainer.loggers)
-    with processes(trainer, run_as_other, OmegaConf.to_container(cfg, resolve=True)):
-        yield trainer, data
 
 
 def run_as_other(plain: dict[str, Any]) -> None:
@@ -294,74 +193,6 @@ def find_named_genotype(name: str) -> Genotype:
     return Genotype.load(path) if path.is_file() or path.name != name else published(name)
 
 
-def check_same_run(cfg: DictConfig) -> None:
-    """Check that the output folder's run, if it holds one, is the one that the config describes.
-
-    Raises:
-        UserError: where it would give other numbers.
-    """
-    check_missing(cfg)
-    folder = Path(cfg.output_dir)
-    kept = folder / CONFIG_FILE
-    if not kept.is_file() or not ((folder / RESULT_FILE).exists() or checkpoint_time(folder)):
-        return
-    keys = differing_keys(cast(DictConfig, OmegaConf.load(kept)), resolved(cfg))
-    if keys:
-        raise UserError(
-            f"{folder} holds a run of another config: {', '.join(keys[:5])} "
-            f"{'differs' if len(keys) == 1 else 'differ'}. Choose another folder; or go on with "
-            "it nevertheless by ckpt_path=last in place of resume=auto."
-        )
-
-
-def find_checkpoint(cfg: DictConfig) -> str | None:
-    """The path to go on from, None at a run's start.
-
-    With resume=auto it is this folder's newest; `ckpt_path=last` is that, or else the one of the
-    experiment's last run.
-
-    Raises:
-        UserError: where there is none but ckpt_path asks for one, and where none is whole.
-    """
-    if cfg.resume is not None:
-        if cfg.ckpt_path is not None:
-            raise UserError("resume=auto goes on from the output folder: leave out ckpt_path.")
-        path = find_whole(Path(cfg.output_dir) / "checkpoints")
-        cfg.resume = None  # the run's other processes are told by ckpt_path
-        if path is None:
-            return None
-    elif cfg.ckpt_path is None:
-        return None
-    elif cfg.ckpt_path == "last":
-        folder = last_run(cfg) / "checkpoints"
-        path = find_whole(folder) or folder / LAST
-    else:
-        path = Path(cfg.ckpt_path)
-        fault = find_fault(path) if path.is_file() else None
-        if fault is not None:
-            raise UserError(f"Cannot go on from the checkpoint {str(path)!r}: {fault}.")
-    if not path.is_file():
-        raise UserError(f"No checkpoint at {str(path)!r}: give ckpt_path=FILE, or leave it out.")
-    print(f"Going on from {relative(path)}")
-    return str(path)
-
-
-def last_run(cfg: DictConfig) -> Path:
-    """The output folder, or that of the experiment's last run where it holds none."""
-    folder = Path(cfg.output_dir)
-    # The folders beside a sweep's job are other jobs, not earlier runs of it.
-    if checkpoint_time(folder) or HydraConfig.get().mode != RunMode.RUN:
-        return folder
-    earlier = [path for path in folder.parent.glob("*") if checkpoint_time(path)]
-    return max(earlier, key=checkpoint_time, default=folder)
-
-
-def checkpoint_time(folder: Path) -> float:
-    """When the last checkpoint of an output folder was written; 0 where there is none."""
-    paths = (folder / "checkpoints" / name for name in (LAST, PREVIOUS))
-    return max((path.stat().st_mtime for path in paths if path.is_file()), default=0.0)
-
-
 def read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], bool]:
     """A final network's tensors, and whether the file is one of the official code.
 
@@ -374,31 +205,24 @@ def read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], bool]:
         reason = "it is no checkpoint" if Path(path).is_file() else "there is no such file"
         raise UserError(f"Cannot read the checkpoint {path!r}: {reason}.") from error
     tensors = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not tensors or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+    if (
+        not isinstance(tensors, dict)
+        or not tensors
+        or not all(isinstance(k, str) and is_plain(v) for k, v in tensors.items())
+    ):
         raise UserError(f"The checkpoint {path!r} holds no network's weights.")
     prefix = "network."
     ours = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     return (ours, False) if ours else (tensors, True)
 
 
-def metric(trainer: pl.Trainer, name: str) -> float | None:
-    """A logged metric's last value, if it was logged."""
-    value = trainer.callback_metrics.get(name)
-    return None if value is None else value.item()
-
-
-def report_finished(path: Path) -> float | None:
-    """Say that a run is finished; returns the value that it ended with.
-
-    Raises:
-        UserError: for a file that holds none.
-    """
-    try:
-        value = yaml.safe_load(path.read_text())["value"]
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} holds no run's result: delete it to end the run again.") from error
-    print(f"Finished already: {relative(path.parent)}" + ("" if value is None else f" ({value})"))
-    return value
+def is_plain(value: Any) -> bool:
+    """Whether a value is a tensor of numbers, as weights are."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and not (value.is_meta or value.is_quantized or value.is_complex())
+    )
 
 
 def publish_search(cfg: DictConfig, trainer: pl.Trainer) -> str | None:
@@ -433,16 +257,21 @@ def report_row(cfg: DictConfig) -> dict[str, str]:
     return {"Report": relative(path)} if path.exists() else {}
 
 
-def report_test(cfg: DictConfig, trainer: pl.Trainer, before: Mapping[str, str]) -> float:
-    """Print what a test came to, below what came before it; returns the accuracy."""
-    accuracy = trainer.callback_metrics["test/accuracy"].item()
-    error = 100 * (1 - accuracy)
-    rows = {**before, "Test accuracy": f"{100 * accuracy:.2f} %   (error {error:.2f} %)"}
+def report_network(cfg: DictConfig, rows: Mapping[str, str], test: float | None) -> None:
+    """Print what a network came to, and where it lies."""
+    shown = dict(rows)
+    if test is not None:
+        shown["Test accuracy"] = f"{100 * test:.2f} %   (error {100 * (1 - test):.2f} %)"
     checkpoint = Path(cfg.output_dir) / "checkpoints" / LAST
     if checkpoint.exists():
-        rows["Checkpoint"] = relative(checkpoint)
-    print_summary("The network", rows | report_row(cfg))
-    return accuracy
+        shown["Checkpoint"] = relative(checkpoint)
+    print_summary("The network", shown | report_row(cfg))
+
+
+def keep_result(cfg: DictConfig, **numbers: float | None) -> None:
+    """Keep what a run found, where sweeps and `resume=auto` look for it."""
+    if not cfg.trainer.fast_dev_run:
+        save_result(cfg.output_dir, **numbers)
 
 
 def scores(trainer: pl.Trainer, group: str) -> dict[str, str]:
@@ -457,17 +286,17 @@ def scores(trainer: pl.Trainer, group: str) -> dict[str, str]:
 
 def next_command(cfg: DictConfig) -> str:
     """The command that trains what a search found, on the same data and hardware."""
-    of_data = ("root", "image_size", "in_channels", "mean", "std", "num_workers")
-    kept = ("data=", "hardware=", *(f"data.{key}=" for key in of_data))
     return command(
         f"experiment={cfg.next_experiment}",
-        *(override for override in given_overrides() if override.startswith(kept)),
+        *kept_overrides(),
         "genotype=from_file",
         f"genotype.path={quote(relative(Path(cfg.output_dir) / GENOTYPE_FILE))}",
     )
 
 
-TASKS = {task.__name__: task for task in (search, train, evaluate, draw, report, quick_start)}
+TASKS = {
+    task.__name__: task for task in (search, train, evaluate, select, draw, report, quick_start)
+}
 
 
 def run(cfg: DictConfig) -> float | None:

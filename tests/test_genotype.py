@@ -232,6 +232,12 @@ def test_nothing_in_a_text_is_evaluated(expression, tmp_path, monkeypatch) -> No
     assert os.listdir(tmp_path) == []  # noqa: PTH208
 
 
+@pytest.mark.parametrize("tag", ["!!timestamp x", "!!bool x", "!!int ''", "!!float x", "!!set 3"])
+def test_yaml_tags_of_other_content_are_refused(tag) -> None:
+    with pytest.raises(UserError, match="No genotype in"):
+        Genotype.parse(f"normal: {tag}")
+
+
 def test_yaml_tags_construct_nothing(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="No genotype in"):

@@ -127,6 +127,8 @@ def experiment_arguments(name: str, images: Path, checkpoint: Path) -> list[str]
     if name == "evaluate":
         small = on_images(images, small=SMALL_TRAIN)
         return ["genotype=darts_v2", f"ckpt_path={checkpoint}", *small]
+    if name.startswith("select"):
+        return ["run_dir=searches", *on_images(images, small=SMALL_TRAIN)]
     return {
         "draw": ["genotype=darts_v2"],
         "report": ["run_dir=run"],
@@ -146,6 +148,7 @@ def test_every_experiment_runs(name: str, images: Path, command: Command, tmp_pa
         (tmp_path / "run" / "history.jsonl").write_text(
             json.dumps({"epoch": 0, "seconds": 1.5, "metrics": {"train/train_loss": 2.5}}) + "\n"
         )
+    published("darts_v1").save(tmp_path / "searches" / "0" / "genotype.yaml")
     arguments = experiment_arguments(name, images, checkpoint)
     result = command(f"experiment={name}", *arguments)
     assert result.code == 0, result.error
@@ -196,6 +199,8 @@ def test_every_choice_composes_with_a_paper_experiment(
 ) -> None:
     trains = group == "genotype" or name.startswith("train")
     experiment = "train_final" if trains else "search_cifar10"
+    if name == "optuna":
+        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="an extra")
     more = {
         "image_folder": [f"data.root={images}"],
         "imagenet": [f"data.root={images}"],
@@ -299,7 +304,9 @@ def test_a_failed_job_of_a_sweep_costs_that_job_only(command: Command) -> None:
         "print_config=false", "hydra.sweep.dir=sweep",
     )  # fmt: skip
     assert result.code == 1
-    assert "Error: max_images=1 must be at least 2" in result.error
+    assert "Error: 1 of 2 jobs failed:" in result.error
+    assert "sweep/0 (data.max_images=1): max_images=1 must be at least 2" in result.error
+    assert "Traceback" not in result.error
     assert not Path("sweep/0/genotype.yaml").exists()
     assert Path("sweep/1/genotype.yaml").exists()
     jobs = report_content(Path("sweep"))["tables"]
@@ -307,6 +314,18 @@ def test_a_failed_job_of_a_sweep_costs_that_job_only(command: Command) -> None:
         ["0", "data.max_images=1"],
         ["1", "data.max_images=24"],
     ]
+
+
+@pytest.mark.slow
+def test_a_job_that_fails_for_no_mistake_shows_where(command: Command, monkeypatch) -> None:
+    def fail(cfg: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(tasks, "run", fail)
+    result = command("-m", "experiment=search_digits", "seed=0,1", "hydra.sweep.dir=sweep")
+    assert result.code == 1
+    assert 'raise RuntimeError("a bug")' in Path("sweep/1/run.log").read_text()
+    assert "sweep/1 (seed=1): RuntimeError: a bug" in result.error
 
 
 def test_the_papers_four_searches_as_a_sweep(composed: Callable[..., None]) -> None:
@@ -429,6 +448,26 @@ experiment=search_digits supernet.channels=0
     channels is 0; it is at least 1
 experiment=search_digits trainer.max_epochs=abc
     trainer.max_epochs=abc must be a whole number
+experiment=search_digits supernet.channels=[4]
+    supernet.channels=[4] must be a whole number
+experiment=search_digits data.batch_size=null
+    data.batch_size=None must be a whole number
+experiment=search_digits threads=[1]
+    threads=[1] must be a whole number
+experiment=search_digits supernet.num_classes=9
+    The network has num_classes=9, but the data num_classes=10
+experiment=search_digits optimizer.gradient_clip=0
+    gradient_clip=0 must be above 0
+experiment=train_digits genotype=darts_v1 module.label_smoothing=2
+    label_smoothing=2 must be from 0 to 1
+experiment=search_digits optimizer.weights.momentum=-1
+    The optimizer of the weights refuses its settings: Invalid momentum value: -1
+experiment=search_digits trainer.devices=many
+    cannot run with these settings: `devices`
+experiment=search_digits data.horizontal_flip='${'
+    Error merging override data.horizontal_flip
+experiment=search_digits seed=${oc.env:NO_SUCH_VARIABLE}
+    Environment variable 'NO_SUCH_VARIABLE' not found
 experiment=search_digits optimizer.weights.lr=fast
     optimizer.weights.lr=fast must be a number
 experiment=search_digits trainer.precision=bf17

@@ -315,7 +315,8 @@ class ImageDataModule(LightningDataModule):
                 f"the {self.in_channels} channels."
             )
         for name, least in (
-            ("seed", 0), ("batch_size", 1), ("num_workers", 0), ("image_size", 1),
+            ("seed", 0), ("batch_size", 1), ("num_workers", 0),
+            ("image_size", 2 if self.recipe == "imagenet" else 1),  # torch fails to resize to 1
             ("crop_padding", 0), ("cutout_length", 0),
         ):  # fmt: skip
             if getattr(self, name) < least:

@@ -94,9 +94,11 @@ def count_classes(root: str | Path) -> int:
 
 
 def _class_folders(folder: Path) -> list[str]:
-    return sorted(
-        path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
-    )
+    try:
+        paths = list(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"Cannot read the folder {folder}: {error.strerror}.") from error
+    return sorted(path.name for path in paths if path.is_dir() and not path.name.startswith("."))
 
 
 def _image_files(folder: Path) -> Iterator[Path]:

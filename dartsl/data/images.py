@@ -20,6 +20,8 @@ from dartsl.errors import UserError
 PIL_MODES = {1: "L", 3: "RGB"}
 """The number of channels of an image file -> how Pillow calls it."""
 
+# What Pillow raises for a broken file, one of another kind, and one of absurdly many pixels.
+_BROKEN_FILE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 _DECODING_THREADS = 8
 _DECODING_PART = 256  # images that a thread takes at a time
 _LARGE_FILE_BYTES = 16 * 1024
@@ -137,10 +139,12 @@ def decode(path: Path, channels: int, size: int | None) -> Tensor:
     Raises:
         UserError: for a file that is not an image or is cut short.
     """
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise UserError(f"Cannot read the image {path}: it is no file, or is gone; remove it.")
     try:
         with Image.open(path) as file:
             image = file.convert(PIL_MODES[channels])
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on a broken file
+    except _BROKEN_FILE as error:
         raise UserError(
             f"Cannot read the image {path} ({error}); repair or remove this file."
         ) from error

@@ -10,7 +10,7 @@
 And a step whose gradients are not finite is skipped; a run of such steps ends.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -23,6 +23,7 @@ from dartsl.errors import UserError
 from dartsl.modules.finite import FiniteSteps, mend_statistics
 
 Schedule = Callable[[int], float]
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 Batch = tuple[Tensor, Tensor]  # images [B, C, H, W], labels [B]
 
 
@@ -186,6 +187,26 @@ class ResumableModule(pl.LightningModule):
             f"{name}." for name, module in self.named_modules() if isinstance(module, EpochMetrics)
         )
         return {k: v for k, v in checkpoint["state_dict"].items() if k.startswith(prefixes)}
+
+
+def make_optimizer(
+    factory: OptimizerFactory, parameters: list[nn.Parameter], name: str
+) -> torch.optim.Optimizer:
+    """The optimizer of some parameters.
+
+    Raises:
+        UserError: where it refuses its settings; says whose optimizer it is by `name`.
+    """
+    try:
+        return factory(parameters)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"The optimizer of {name} refuses its settings: {error}.") from error
+
+
+def check_gradient_clip(value: float) -> None:
+    """Raise a UserError for a norm that gradients cannot be clipped to."""
+    if not value > 0:
+        raise UserError(f"gradient_clip={value} must be above 0; .inf does not clip.")
 
 
 def check_same_tensors(

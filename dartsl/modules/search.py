@@ -3,7 +3,7 @@
 Shapes: B images, E edges, P primitives, K classes.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -21,10 +21,16 @@ from dartsl.hypergradient import (
     held_constant,
     sgd_direction,
 )
-from dartsl.modules.resumable import Batch, EpochMetrics, ResumableModule, Schedule
+from dartsl.modules.resumable import (
+    Batch,
+    EpochMetrics,
+    OptimizerFactory,
+    ResumableModule,
+    Schedule,
+    check_gradient_clip,
+    make_optimizer,
+)
 from dartsl.networks import Supernet
-
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 class Stages(Protocol):
@@ -71,6 +77,7 @@ class SearchModule(ResumableModule):
         stages: Stages | None = None,
     ) -> None:
         super().__init__(schedule)
+        check_gradient_clip(gradient_clip)
         self.automatic_optimization = False
         self.supernet = supernet
         self.hypergradient = hypergradient
@@ -165,10 +172,13 @@ class SearchModule(ResumableModule):
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """The optimizer of the weights, then the one of alpha."""
-        weights = self.weight_optimizer(self.supernet.weight_parameters())
+        weights = make_optimizer(
+            self.weight_optimizer, self.supernet.weight_parameters(), "the weights"
+        )
         if isinstance(self.hypergradient, Unrolled):
             check_virtual_step(weights)
-        return [weights, self.arch_optimizer(self.supernet.arch_parameters())]
+        alphas = self.supernet.arch_parameters()
+        return [weights, make_optimizer(self.arch_optimizer, alphas, "alpha")]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Enter the epoch's stage and learning rate."""

@@ -4,15 +4,23 @@ Shapes: B images, K classes.
 """
 
 import math
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dartsl.distributed import check_replicas
-from dartsl.modules.resumable import Batch, EpochMetrics, ResumableModule, Schedule
+from dartsl.errors import UserError
+from dartsl.modules.resumable import (
+    Batch,
+    EpochMetrics,
+    OptimizerFactory,
+    ResumableModule,
+    Schedule,
+    check_gradient_clip,
+    make_optimizer,
+)
 from dartsl.networks import FinalNetwork
 
 
@@ -27,12 +35,15 @@ class TrainModule(ResumableModule):
         drop_path_prob: reached linearly, drop_path_prob * epoch / epochs (0.2 on CIFAR).
         label_smoothing: of the training losses (0.1 on ImageNet).
         gradient_clip: norm to which the gradients are clipped.
+
+    Raises:
+        UserError: for a value out of its range.
     """
 
     def __init__(
         self,
         network: FinalNetwork,
-        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+        optimizer: OptimizerFactory,
         schedule: Schedule | None = None,
         auxiliary_weight: float = 0.4,
         drop_path_prob: float = 0.2,
@@ -40,6 +51,13 @@ class TrainModule(ResumableModule):
         gradient_clip: float = 5.0,
     ) -> None:
         super().__init__(schedule)
+        check_gradient_clip(gradient_clip)
+        for name, value in (
+            ("drop_path_prob", drop_path_prob),
+            ("label_smoothing", label_smoothing),
+        ):
+            if not 0 <= value <= 1:
+                raise UserError(f"{name}={value} must be from 0 to 1.")
         self.network = network
         self.optimizer = optimizer
         self.auxiliary_weight = auxiliary_weight
@@ -66,7 +84,7 @@ class TrainModule(ResumableModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer of all parameters."""
-        return self.optimizer(list(self.network.parameters()))
+        return make_optimizer(self.optimizer, list(self.network.parameters()), "the weights")
 
     def configure_gradient_clipping(
         self,

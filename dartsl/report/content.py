@@ -12,9 +12,10 @@ from typing import Any
 import matplotlib
 import yaml
 
+from dartsl.files import REPORT_FILE
 from dartsl.genotype import Genotype
 from dartsl.layout import cell_layouts
-from dartsl.report.runs import REPORT_FILE, Run
+from dartsl.report.runs import Run
 from dartsl.search_space import SearchSpace
 from dartsl.visualize import color_of, in_order
 

@@ -7,13 +7,9 @@ from typing import Any
 
 import yaml
 
-from dartsl.callbacks import GENOTYPE_FILE
-from dartsl.genotype import Genotype
+from dartsl.files import CONFIG_FILE, ENVIRONMENT_FILE
+from dartsl.genotype import GENOTYPE_FILE, Genotype
 from dartsl.history import HISTORY_FILE, TEST_FILE, read_history
-
-CONFIG_FILE = "config.yaml"
-ENVIRONMENT_FILE = "environment.yaml"
-REPORT_FILE = "report.html"
 
 
 @dataclass(frozen=True)

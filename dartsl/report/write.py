@@ -19,11 +19,11 @@ import torch
 
 from dartsl.distributed import is_first_process
 from dartsl.errors import UserError
-from dartsl.files import whole_file
+from dartsl.files import REPORT_FILE, whole_file
 from dartsl.genotype import Genotype
 from dartsl.history import HISTORY_FILE
 from dartsl.report.content import run_content, sweep_content
-from dartsl.report.runs import REPORT_FILE, Run, runs_below
+from dartsl.report.runs import Run, runs_below
 from dartsl.search_space import SearchSpace
 from dartsl.visualize import draw_epochs, save_animation
 

@@ -1,0 +1,146 @@
+"""A run from its config to its trainer: checked, announced, built, in as many processes as asked."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import pytorch_lightning as pl
+import torch
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from dartsl.config import build, check_missing, check_types, command, print_tree, resolved
+from dartsl.distributed import is_first_process
+from dartsl.environment import environment
+from dartsl.errors import UserError
+from dartsl.files import CONFIG_FILE, ENVIRONMENT_FILE, whole_file
+from dartsl.networks import FinalNetwork, Supernet
+from dartsl.networks.regions import compile_regions
+from dartsl.processes import processes
+
+log = logging.getLogger(__name__)
+
+
+def prepare(cfg: DictConfig) -> None:
+    """Check the config and seed everything.
+
+    Raises:
+        UserError: for a missing value or one of another type, and where the output folder holds
+            another run.
+    """
+    check_missing(cfg)
+    check_types(cfg)
+    if not 0 <= cfg.seed < 2**32:
+        raise UserError(f"seed={cfg.seed} must be a whole number from 0 to 2^32 - 1.")
+    if cfg.threads is not None and not (isinstance(cfg.threads, int) and cfg.threads >= 1):
+        raise UserError(f"threads={cfg.threads} must be a whole number of at least 1, or null.")
+    check_fit(cfg)
+    output_dir = Path(cfg.output_dir)
+    goes_on = cfg.ckpt_path is not None or cfg.resume is not None
+    if is_first_process() and not goes_on and holds_run(output_dir):
+        raise UserError(
+            f"{output_dir} holds a run already: go on with it by resume=auto, or choose another "
+            "folder by hydra.run.dir=FOLDER."
+        )
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    pl.seed_everything(cfg.seed, verbose=False)
+
+
+def check_fit(cfg: DictConfig) -> None:
+    """Raise a UserError where the network does not take the data's images or classes."""
+    network = cfg.get("supernet") or cfg.get("network") or {}
+    data = cfg.get("data") or {}
+    for key in ("in_channels", "num_classes"):
+        if key in network and key in data and network[key] != data[key]:
+            raise UserError(
+                f"The network has {key}={network[key]}, but the data {key}={data[key]}: set "
+                f"data.{key} alone, the network takes it from there."
+            )
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run has left checkpoints in a folder.
+
+    Raises:
+        UserError: where there can be no such folder.
+    """
+    try:
+        return (folder / "checkpoints").exists()
+    except OSError as error:
+        raise UserError(f"Cannot write into {folder}: {error.strerror}.") from error
+
+
+def announce(cfg: DictConfig, loggers: Iterable[Logger]) -> None:
+    """Show, keep and log the config of a run that is about to start."""
+    if not is_first_process():
+        return
+    plain = resolved(cfg)
+    with whole_file(Path(cfg.output_dir) / CONFIG_FILE) as part:
+        OmegaConf.save(plain, part)
+    ran_on = {"command": command(*HydraConfig.get().overrides.task), **environment()}
+    with whole_file(Path(cfg.output_dir) / ENVIRONMENT_FILE) as part:
+        text = yaml.safe_dump(ran_on, sort_keys=False, allow_unicode=True)
+        part.write_text(text, encoding="utf-8")
+    if cfg.print_config:
+        print_tree(plain)
+    values = cast(dict[str, Any], OmegaConf.to_container(plain))
+    for logger in loggers:
+        logger.log_hyperparams(values)
+
+
+def build_trainer(cfg: DictConfig) -> pl.Trainer:
+    """The Lightning Trainer with the config's callbacks and loggers.
+
+    Raises:
+        UserError: where this machine is not what `hardware` says.
+    """
+    callbacks = [instantiate(node) for node in (cfg.get("callbacks") or {}).values()]
+    loggers = [instantiate(node) for node in (cfg.get("logger") or {}).values()]
+    try:
+        trainer: pl.Trainer = build(cfg.trainer)(callbacks=callbacks, logger=loggers)
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        if environment is not None:  # what Lightning would check after all data is read
+            environment.validate_settings(trainer.num_devices, trainer.num_nodes)
+        return trainer
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        raise UserError(
+            f"This machine cannot run with these settings: {error} "
+            "hardware=auto takes what there is."
+        ) from error
+
+
+def compile_network(
+    cfg: DictConfig, trainer: pl.Trainer, network: Supernet | FinalNetwork, product: str = ""
+) -> None:
+    """Have the network's operations compiled if the config asks for it, and if they can be."""
+    if cfg.hardware.compile is None:
+        return
+    if product == "exact":
+        log.warning("What torch.compile makes is not differentiated twice: this runs uncompiled.")
+        return
+    device = trainer.strategy.root_device
+    compile_regions(network.regions(), cfg.hardware.compile, device)
+
+
+@contextmanager
+def running(
+    cfg: DictConfig, run_as_other: Callable[[dict[str, Any]], None]
+) -> Iterator[tuple[pl.Trainer, pl.LightningDataModule]]:
+    """The trainer and the data of a run; within, the trainer's other processes run it too.
+
+    Args:
+        cfg: composed.
+        run_as_other: runs the same config, resolved, in another process.
+    """
+    trainer = build_trainer(cfg)
+    data = instantiate(cfg.data)
+    announce(cfg, trainer.loggers)
+    with processes(trainer, run_as_other, OmegaConf.to_container(cfg, resolve=True)):
+        yield trainer, data

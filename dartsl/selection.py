@@ -1,0 +1,256 @@
+"""Which of several found genotypes is the best: each is trained briefly, and validated.
+
+The protocol of section 3.1.2 of arXiv:1806.09055: of four searches, the cell with the best
+validation accuracy after a short training from scratch is kept. The test set is not read.
+"""
+
+import csv
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from dartsl.config import build, command, kept_overrides, quote, relative, resolved
+from dartsl.distributed import is_first_process
+from dartsl.errors import UserError, unknown
+from dartsl.files import CONFIG_FILE
+from dartsl.genotype import GENOTYPE_FILE, Genotype
+from dartsl.search_space import SearchSpace, random_genotype
+from dartsl.sweep import load_result, natural
+
+_LIKE_SIZE = 0.1  # of the parameters, by which a random cell's network may differ
+_MAX_DRAWS = 10_000
+# What the trainings of one selection have in common.
+_SETTINGS = ("seed", "data", "network", "module", "trainer.max_epochs", "trainer.max_steps",
+             "trainer.limit_train_batches", "trainer.limit_val_batches")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A genotype that takes part, and where it is trained.
+
+    Attributes:
+        name: of the search's folder, or `random_<seed>`.
+        genotype: of the candidate.
+        num_parameters: of its network, without the auxiliary head.
+        folder: of its training.
+    """
+
+    name: str
+    genotype: Genotype
+    num_parameters: int
+    folder: Path
+
+    @property
+    def is_random(self) -> bool:
+        """Whether it is of the baseline, not of a search."""
+        return self.name.startswith("random_")
+
+
+def select(cfg: DictConfig, train: Callable[[DictConfig], float | None]) -> float | None:
+    """Train each candidate, and name the best by validation accuracy.
+
+    What is trained stays so: the same command goes on after an interruption, and `only=NAME` trains
+    one candidate, so that a sweep over the names trains them side by side.
+
+    Args:
+        cfg: that of a training, and `run_dir`, `random_cells` and `only`.
+        train: runs the training of a config and returns its validation accuracy.
+
+    Returns:
+        The best validation accuracy of those trained.
+
+    Raises:
+        UserError: where nothing was found, or a training would be validated on the test set.
+    """
+    check_numbers(cfg)
+    candidates = find_candidates(cfg)
+    names = [candidate.name for candidate in candidates]
+    chosen = names if cfg.only is None else [str(cfg.only)]
+    if not set(chosen) <= set(names):
+        raise unknown("candidate", cfg.only, names)
+    accuracies = {c: a for c in candidates if (a := finished_accuracy(cfg, c)) is not None}
+    for candidate in candidates:
+        if candidate not in accuracies and candidate.name in chosen:
+            print(f"\nTraining {candidate.name} ({len(accuracies) + 1} of {len(candidates)})")
+            accuracy = train(training_of(cfg, candidate))
+            assert accuracy is not None
+            accuracies[candidate] = accuracy
+    if is_first_process():
+        report(cfg, candidates, accuracies)
+    return max(accuracies.values())
+
+
+def check_numbers(cfg: DictConfig) -> None:
+    """Raise a UserError where the trainings would have no validation set of their own."""
+    if not isinstance(cfg.random_cells, int) or cfg.random_cells < 0:
+        raise UserError(f"random_cells={cfg.random_cells} must be a whole number of at least 0.")
+    fraction, batches = cfg.data.train_fraction, cfg.trainer.limit_val_batches
+    if not (isinstance(fraction, float) and 0 < fraction < 1):
+        raise UserError(
+            f"data.train_fraction={fraction} leaves no training images to select by; choose a "
+            "number between 0 and 1, e.g. 0.5."
+        )
+    if batches is not None and batches <= 0:
+        raise UserError(f"trainer.limit_val_batches={batches} leaves no images to select by.")
+
+
+# ---- candidates ----------------------------------------------------------------------------------
+
+
+def find_candidates(cfg: DictConfig) -> list[Candidate]:
+    """The genotypes below `run_dir`, and `random_cells` random ones of like size.
+
+    Raises:
+        UserError: where there is no genotype.
+    """
+    run_dir = Path(cfg.run_dir)
+    paths = sorted(run_dir.glob(f"*/{GENOTYPE_FILE}"), key=lambda path: natural(path.parent))
+    paths = [path for path in paths if path.parent != Path(cfg.output_dir)]
+    if not paths:
+        paths = [path for path in [run_dir / GENOTYPE_FILE] if path.is_file()]
+    if not paths:
+        raise UserError(
+            f"No genotype in {run_dir}: run_dir is the folder of a sweep of searches, "
+            f"run_dir/<job>/{GENOTYPE_FILE}."
+        )
+    found = [_candidate(cfg, path.parent.name, Genotype.load(path)) for path in paths]
+    return found + random_candidates(cfg, found)
+
+
+def _candidate(cfg: DictConfig, name: str, genotype: Genotype) -> Candidate:
+    with torch.device("meta"):  # counted, not made
+        network = build(cfg.network)(genotype=genotype, auxiliary=False)
+    num_parameters = sum(parameter.numel() for parameter in network.parameters())
+    return Candidate(name, genotype, num_parameters, Path(cfg.output_dir) / name)
+
+
+def random_candidates(cfg: DictConfig, found: Sequence[Candidate]) -> list[Candidate]:
+    """The first `random_cells` of seeds 0, 1, 2, ... whose networks are as large as those found.
+
+    Raises:
+        UserError: where there are not as many.
+    """
+    sizes = [candidate.num_parameters for candidate in found]
+    smallest, largest = min(sizes) * (1 - _LIKE_SIZE), max(sizes) * (1 + _LIKE_SIZE)
+    space = SearchSpace(num_intermediate_nodes=len(found[0].genotype.normal) // 2)
+    candidates: list[Candidate] = []
+    for seed in range(_MAX_DRAWS):
+        if len(candidates) >= cfg.random_cells:
+            return candidates
+        drawn = _candidate(cfg, f"random_{seed}", random_genotype(space, seed))
+        if smallest <= drawn.num_parameters <= largest:
+            candidates.append(drawn)
+    raise UserError(
+        f"Of {_MAX_DRAWS:,} random cells only {len(candidates)} have between {smallest:,.0f} and "
+        f"{largest:,.0f} parameters: lower random_cells={cfg.random_cells}."
+    )
+
+
+# ---- trainings -----------------------------------------------------------------------------------
+
+
+def training_of(cfg: DictConfig, candidate: Candidate) -> DictConfig:
+    """The config of a candidate's training, which goes on where one was interrupted."""
+    path = candidate.folder / GENOTYPE_FILE
+    if is_first_process():
+        candidate.genotype.save(path)
+    training = cfg.copy()
+    with open_dict(training):
+        training.task = "train"
+        training.output_dir = str(candidate.folder)
+        training.genotype = {"_target_": "dartsl.genotype.Genotype.load", "path": str(path)}
+        training.resume = "auto"
+        training.print_config = False
+    return training
+
+
+def finished_accuracy(cfg: DictConfig, candidate: Candidate) -> float | None:
+    """The validation accuracy of a training that has ended; None where it has not.
+
+    Raises:
+        UserError: where the folder holds a training with other settings.
+    """
+    path = candidate.folder / CONFIG_FILE
+    if not path.is_file():
+        return None
+    before, now = OmegaConf.load(path), resolved(cfg)
+    for key in _SETTINGS:
+        if OmegaConf.select(before, key) != OmegaConf.select(now, key):
+            raise UserError(
+                f"{candidate.folder} holds a training with another {key}: choose another folder "
+                "by output_dir=FOLDER, or remove this one."
+            )
+    if Genotype.load(candidate.folder / GENOTYPE_FILE) != candidate.genotype:
+        raise UserError(
+            f"{candidate.folder} holds the training of another genotype: choose another folder by "
+            "output_dir=FOLDER, or remove this one."
+        )
+    result = load_result(candidate.folder)
+    return None if result is None else result["val_accuracy"]
+
+
+# ---- report --------------------------------------------------------------------------------------
+
+
+def report(
+    cfg: DictConfig, candidates: Sequence[Candidate], accuracies: Mapping[Candidate, float]
+) -> None:
+    """Print and write the table, the best genotype that was found, and the next command."""
+    folder = Path(cfg.output_dir)
+    ranking = sorted(accuracies, key=lambda c: (-accuracies[c], c.is_random, c.num_parameters))
+    rows = [table_row(place + 1, c, accuracies[c]) for place, c in enumerate(ranking)]
+    write_csv(folder / "table.csv", rows)
+    table = markdown(rows)
+    (folder / "table.md").write_text(table, encoding="utf-8")
+    print(f"\n{table}")
+    waiting = [candidate.name for candidate in candidates if candidate not in accuracies]
+    if waiting:
+        print(f"Not trained yet: {', '.join(waiting)}")
+        return
+    best = next(candidate for candidate in ranking if not candidate.is_random)
+    best.genotype.save(folder / GENOTYPE_FILE)
+    if accuracies[ranking[0]] > accuracies[best]:
+        print("A random cell did better than every cell found.")
+    print(f"Genotype: {relative(folder / GENOTYPE_FILE)} (that of {best.name})")
+    print(f"Next:     {_next_command(cfg, folder / GENOTYPE_FILE)}")
+
+
+def table_row(place: int, candidate: Candidate, accuracy: float) -> dict[str, Any]:
+    """A line of the table."""
+    skips = sum(primitive == "skip_connect" for primitive, _ in candidate.genotype.normal)
+    return {
+        "place": place,
+        "genotype": candidate.name,
+        "validation accuracy (%)": f"{100 * accuracy:.2f}",
+        "parameters": candidate.num_parameters,
+        "skip connections (normal)": skips,
+    }
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write lines of a table, each with the same columns."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Lines of a table, each with the same columns, as Markdown."""
+    lines: list[Iterable[Any]] = [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def _next_command(cfg: DictConfig, genotype: Path) -> str:
+    return command(
+        "-m",
+        f"experiment={cfg.next_experiment}",
+        *kept_overrides(),
+        "genotype=from_file",
+        f"genotype.path={quote(relative(genotype))}",
+        "seed=0,1,2",
+    )

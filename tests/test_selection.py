@@ -1,0 +1,123 @@
+"""The best of several found cells, by validation alone."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dartsl.genotype import Genotype, published
+from tests.test_run import SMALL_TRAIN, Command, command, images, no_key, on_images  # noqa: F401
+
+
+@pytest.fixture
+def searches(tmp_path: Path) -> Path:
+    """What a sweep of two searches leaves, and another folder."""
+    folder = tmp_path / "searches"
+    for job, name in ((0, "darts_v1"), (1, "pc_darts_cifar")):
+        published(name).save(folder / str(job) / "genotype.yaml")
+    (folder / "other").mkdir()
+    return folder
+
+
+@pytest.fixture
+def without_test_images(images: Path, tmp_path: Path) -> Path:  # noqa: F811
+    """An image folder whose test images cannot be read."""
+    root = tmp_path / "images"
+    shutil.copytree(images, root)
+    for path in (root / "test").rglob("*.png"):
+        path.write_text("not an image")
+    return root
+
+
+@pytest.mark.slow
+def test_the_best_cell_is_found_without_the_test_set(
+    searches: Path,
+    without_test_images: Path,
+    command: Command,  # noqa: F811
+) -> None:
+    settings = on_images(without_test_images, small=SMALL_TRAIN)
+    select = ("experiment=select", "run_dir=searches", *settings)
+    done = command(*select, "random_cells=1")
+    assert done.code == 0, done.error
+    folder = searches / "select"
+    accuracies = {
+        path.parent.name: yaml.safe_load(path.read_text()) for path in folder.glob("*/result.yaml")
+    }
+    assert all(list(result) == ["val_accuracy"] for result in accuracies.values())
+    (random,) = set(accuracies) - {"0", "1"}
+    assert random.startswith("random_")
+    best = max(("0", "1"), key=lambda job: accuracies[job]["val_accuracy"])
+    chosen = Genotype.load(folder / "genotype.yaml")
+    if accuracies["0"] != accuracies["1"]:
+        assert chosen == Genotype.load(searches / best / "genotype.yaml")
+    rows = [line.split(",") for line in (folder / "table.csv").read_text().splitlines()[1:]]
+    assert [row[2] for row in rows] == [
+        f"{100 * accuracies[row[1]]['val_accuracy']:.2f}" for row in rows
+    ]
+    assert [float(row[2]) for row in rows] == sorted((float(row[2]) for row in rows), reverse=True)
+    sizes = {row[1]: int(row[3]) for row in rows}
+    assert 0.9 * min(sizes["0"], sizes["1"]) <= sizes[random] <= 1.1 * max(sizes["0"], sizes["1"])
+    assert (folder / "table.md").read_text() in done.out
+    assert "-m experiment=train_final" in done.out
+    assert "genotype.path=searches/select/genotype.yaml seed=0,1,2" in done.out
+
+    # Reading one test image would have failed.
+    trained = command("experiment=train_final", "genotype=darts_v1", *settings)
+    assert trained.code == 1
+    assert "Cannot read the image" in trained.error
+
+
+@pytest.mark.slow
+def test_what_is_trained_is_not_trained_again(
+    searches: Path,
+    images: Path,  # noqa: F811
+    command: Command,  # noqa: F811
+) -> None:
+    select = ("experiment=select", "run_dir=searches", *on_images(images, small=SMALL_TRAIN))
+    first = command(*select, "only=1")
+    assert first.code == 0, first.error
+    assert "Not trained yet: 0" in first.out
+    assert not (searches / "select" / "genotype.yaml").exists()
+    result = searches / "select" / "1" / "result.yaml"
+    before = result.stat().st_mtime_ns
+    second = command(*select)
+    assert second.code == 0, second.error
+    assert "Training 0 (2 of 2)" in second.out
+    assert "Training 1" not in second.out
+    assert result.stat().st_mtime_ns == before
+    assert (searches / "select" / "genotype.yaml").exists()
+
+    # A training that was interrupted goes on; here at its end.
+    result.unlink()
+    third = command(*select)
+    assert "Going on from searches/select/1/checkpoints/last.ckpt" in third.out
+    assert result.exists()
+
+    other = command(*select, "optimizer.weights.lr=0.05")
+    assert other.code == 1
+    assert "searches/select/0 holds a training with another module" in other.error
+
+
+# The command, and below it what the sentence says.
+MISTAKES = {
+    ("run_dir=nowhere",): "No genotype in nowhere: run_dir is the folder of a sweep of searches",
+    (): "The command lacks run_dir=...",
+    ("run_dir=searches", "only=7"): "Unknown candidate 7. Choices: 0, 1.",
+    ("run_dir=searches", "data.train_fraction=1"): "leaves no training images to select by",
+    ("run_dir=searches", "trainer.limit_val_batches=0"): "leaves no images to select by",
+    ("run_dir=searches", "random_cells=-1"): "random_cells=-1 must be a whole number",
+}
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), MISTAKES.items())
+def test_a_mistake_ends_in_one_sentence(
+    arguments: tuple[str, ...],
+    sentence: str,
+    searches: Path,
+    command: Command,  # noqa: F811
+) -> None:
+    done = command("experiment=select_digits", "network.channels=4", *arguments)
+    assert done.code == 1
+    assert sentence in done.error.strip().splitlines()[-1]
+    assert not (searches / "select").exists()
