@@ -19,7 +19,7 @@ Task = Callable[[DictConfig], float | None]
 
 
 def resumable(task: Task) -> Task:
-    """A task that with `resume=auto` goes on where its folder's run was, or skips a finished one."""
+    """A task that under `resume=auto` goes on with its folder's run, or skips a finished one."""
 
     @functools.wraps(task)
     def start_or_go_on(cfg: DictConfig) -> float | None:

@@ -1,4 +1,4 @@
-"""A run from its config to its trainer: checked, announced, built, in as many processes as asked."""
+"""A run from its config to its trainer: checked, announced, built, in all of its processes."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator

@@ -225,6 +225,12 @@ def is_plain(value: Any) -> bool:
     )
 
 
+def metric(trainer: pl.Trainer, name: str) -> float | None:
+    """A logged metric's last value, if it was logged."""
+    value = trainer.callback_metrics.get(name)
+    return None if value is None else value.item()
+
+
 def publish_search(cfg: DictConfig, trainer: pl.Trainer) -> str | None:
     """Publish a search's genotype and its checkpoint; returns the genotype's name if it has one."""
     folder = Path(cfg.output_dir)
