@@ -184,7 +184,9 @@ def announce(cfg: DictConfig) -> None:
     if not is_first_process():
         return
     plain = resolved(cfg)
-    with whole_file(Path(cfg.output_dir) / CONFIG_FILE) as part:
+    output_dir = Path(cfg.output_dir)
+    (output_dir / RESULT_FILE).unlink(missing_ok=True)  # of a run that is not finished any more
+    with whole_file(output_dir / CONFIG_FILE) as part:
         OmegaConf.save(plain, part)
     if cfg.print_config:
         print_tree(plain)

@@ -539,10 +539,16 @@ def test_resume_auto_starts_goes_on_and_says_when_it_is_finished(
     kept = [path for path in before if ".hydra" not in path.parts and path.suffix != ".log"]
     assert all(path.read_bytes() == before[path] for path in kept)
 
+    # Gone on with for longer, and stopped on the way: it is finished no more.
+    with monkeypatch.context() as patch:
+        patch.setattr("dartsl.callbacks.GenotypeWriter.on_train_epoch_end", stop)
+        longer = ("trainer.max_epochs=3", "ckpt_path=last", "resume=null", "hydra.run.dir=here")
+        assert command(*search, *longer).code == 1
+    assert not Path("here/result.yaml").exists()
+
     Path("here/checkpoints/previous.ckpt").write_bytes(b"")
     last.unlink()
-    Path("here/result.yaml").unlink()
-    lost = command(*search, "hydra.run.dir=here")
+    lost = command(*search, "hydra.run.dir=here", "trainer.max_epochs=3")
     assert lost.code == 1
     assert "Nothing is left to go on from" in lost.error
 
