@@ -23,6 +23,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -115,7 +116,8 @@ class Harness:
         os.setpgid(0, 0)
         os.chdir(folder)
         log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1), os.dup2(log, 2)
+        for stream in (1, 2):
+            os.dup2(log, stream)
         sys.argv = [str(ROOT / "run.py"), *arguments]
         status = 1
         try:
@@ -124,11 +126,9 @@ class Harness:
         except SystemExit as end:
             print(end, file=sys.stderr)
         except BaseException:
-            import traceback
-
             traceback.print_exc()
         finally:
-            sys.stdout.flush(), sys.stderr.flush()
+            sys.stdout.flush()
             os._exit(status)
 
     def run_whole(self, arguments: tuple[str, ...], folder: Path) -> float:

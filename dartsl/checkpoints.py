@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
-from dartsl.distributed import largest
+from dartsl.distributed import is_first_process, largest
 from dartsl.errors import UserError
 from dartsl.files import flush, whole_file
 from dartsl.modules.resumable import ResumableModule
@@ -220,6 +220,7 @@ class Signals:
             self.received = 0
             self.before(number, None)
             return
-        name = signal.Signals(number).name
-        log.warning("%s: stopped after a whole step; resume=auto goes on from there.", name)
+        if is_first_process():
+            name = signal.Signals(number).name
+            log.warning("%s: stopped after a whole step; resume=auto goes on from there.", name)
         raise SystemExit(128 + number)

@@ -19,7 +19,7 @@ from dartsl.config import build, check_missing, check_types, command, print_tree
 from dartsl.distributed import is_first_process
 from dartsl.environment import environment
 from dartsl.errors import UserError
-from dartsl.files import CONFIG_FILE, ENVIRONMENT_FILE, whole_file
+from dartsl.files import CONFIG_FILE, ENVIRONMENT_FILE, RESULT_FILE, whole_file
 from dartsl.networks import FinalNetwork, Supernet
 from dartsl.networks.regions import compile_regions
 from dartsl.processes import processes
@@ -82,10 +82,12 @@ def announce(cfg: DictConfig, loggers: Iterable[Logger]) -> None:
     if not is_first_process():
         return
     plain = resolved(cfg)
-    with whole_file(Path(cfg.output_dir) / CONFIG_FILE) as part:
+    folder = Path(cfg.output_dir)
+    (folder / RESULT_FILE).unlink(missing_ok=True)  # of a run that is not finished any more
+    with whole_file(folder / CONFIG_FILE) as part:
         OmegaConf.save(plain, part)
     ran_on = {"command": command(*HydraConfig.get().overrides.task), **environment()}
-    with whole_file(Path(cfg.output_dir) / ENVIRONMENT_FILE) as part:
+    with whole_file(folder / ENVIRONMENT_FILE) as part:
         text = yaml.safe_dump(ran_on, sort_keys=False, allow_unicode=True)
         part.write_text(text, encoding="utf-8")
     if cfg.print_config:

@@ -22,7 +22,7 @@ from PIL import Image
 import run
 from dartsl import tasks
 from dartsl.checkpoints import find_fault
-from dartsl.config import check_types, resolved
+from dartsl.config import check_types, differing_keys, resolved
 from dartsl.genotype import Genotype, published
 from dartsl.help import help_text
 from dartsl.interop import official_state_dict
@@ -646,12 +646,39 @@ def test_resume_auto_starts_goes_on_and_says_when_it_is_finished(
     kept = [path for path in before if ".hydra" not in path.parts and path.suffix != ".log"]
     assert all(path.read_bytes() == before[path] for path in kept)
 
+    # Gone on with for longer, and stopped on the way: it is finished no more.
+    with monkeypatch.context() as patch:
+        patch.setattr("dartsl.callbacks.GenotypeWriter.on_train_epoch_end", stop)
+        longer = ("trainer.max_epochs=3", "ckpt_path=last", "resume=null", "hydra.run.dir=here")
+        assert command(*search, *longer).code == 1
+    assert not Path("here/result.yaml").exists()
+
     Path("here/checkpoints/previous.ckpt").write_bytes(b"")
     last.unlink()
-    Path("here/result.yaml").unlink()
-    lost = command(*search, "hydra.run.dir=here")
+    lost = command(*search, "hydra.run.dir=here", "trainer.max_epochs=3")
     assert lost.code == 1
     assert "Nothing is left to go on from" in lost.error
+
+
+@pytest.mark.parametrize(
+    ("changes", "differing"),
+    [
+        ({"threads": 2, "trainer.devices": 2, "data.batch_size": 4, "ckpt_path": "x"}, []),
+        ({"data.batch_size": 4}, ["data.batch_size"]),
+        ({"seed": 1, "data.root": "y", "logger.csv.name": "z"}, ["data.root", "seed"]),
+        ({"task": "evaluate", "ckpt_path": "x"}, ["ckpt_path", "task"]),
+    ],
+)
+def test_what_may_differ_when_a_run_goes_on(changes: dict, differing: list[str]) -> None:
+    """What decides where it ends may not."""
+    config = {
+        "task": "search", "seed": 0, "threads": 1, "ckpt_path": None,
+        "trainer": {"devices": 1}, "data": {"batch_size": 8}, "logger": {"csv": {"name": "csv"}},
+    }  # fmt: skip
+    before, now = OmegaConf.create(config), OmegaConf.create(config)
+    for key, value in changes.items():
+        OmegaConf.update(now, key, value, force_add=True)
+    assert differing_keys(before, now) == differing
 
 
 @pytest.mark.slow
