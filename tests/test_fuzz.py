@@ -10,8 +10,8 @@ from tests.fuzz import KINDS, outcome
 CASES = {
     "genotype_text": 200,
     "genotype_file": 100,
-    "checkpoint": 16,
-    "config_value": 16,
+    "checkpoint": 10,
+    "config_value": 24,
     "image_folder": 30,
 }
 
