@@ -26,4 +26,5 @@ def test_hostile_input_ends_in_a_clear_error_or_a_right_answer(kind: str) -> Non
     finally:
         torch.set_num_threads(threads)
     assert outcomes["clear error"] > 0
-    assert outcomes["answer"] > 0  # or the fuzzer would spoil too much
+    if kind != "config_value":  # of which few are right
+        assert outcomes["answer"] > 0  # or the fuzzer would spoil too much

@@ -3,7 +3,6 @@
 from dartsl.errors import UserError
 from dartsl.operations import FactorizedReduce, ReLUConvBN
 
-
 _LARGEST = 65_536  # beyond any network; torch fails on what is no 64-bit number
 
 
