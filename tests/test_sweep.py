@@ -14,10 +14,11 @@ from hydra.errors import MissingConfigException
 from dartsl.config import EXTRAS, find_mistake
 from dartsl.genotype import Genotype
 from dartsl.sweep import Job, Spread, describe, read_jobs, save_result, spreads
-from tests.test_distributed import TINY, command
+from tests.test_distributed import command
 
 CONF = Path(__file__).parents[1] / "conf"
-SEARCH = ("experiment=search_digits", *TINY, "data.batch_size=8", "supernet.channels=4")
+SEARCH = ("experiment=search_digits", "data.max_images=20", "trainer.max_epochs=1",
+          "data.batch_size=8", "supernet.channels=4", "print_config=false")  # fmt: skip
 
 
 def make_job(folder: Path, *overrides: str, **result: float) -> None:

@@ -3,12 +3,16 @@
 from dartsl.errors import UserError
 from dartsl.operations import FactorizedReduce, ReLUConvBN
 
+_LARGEST = 65_536  # beyond any network; torch fails on what is no 64-bit number
+
 
 def check_sizes(**sizes: int) -> None:
-    """Raise a UserError for a size of a network, given by name, that is below 1."""
+    """Raise a UserError for a size of a network, given by name, that is below 1 or absurd."""
     for name, value in sizes.items():
         if value < 1:
             raise UserError(f"{name} is {value}; it is at least 1.")
+        if value > _LARGEST:
+            raise UserError(f"{name} is {value}; it is at most {_LARGEST:,}.")
 
 
 def reduction_cells(num_cells: int) -> frozenset[int]:
