@@ -10,8 +10,8 @@ _LAUNCH = "python run.py"
 
 def help_text(conf: Path) -> str:
     """The commands, then every group with its choices, one line each."""
-    names = sorted(path.name for path in conf.iterdir() if path.is_dir())
-    groups = [_group(conf / name) for name in names if name != "experiment"]
+    folders = sorted({path.parent for path in conf.glob("*/**/*.yaml")})
+    groups = [_group(conf, folder) for folder in folders if folder.name != "experiment"]
     return "\n".join([_commands(conf / "experiment"), *groups])
 
 
@@ -43,8 +43,8 @@ def _commands(folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _group(folder: Path) -> str:
+def _group(conf: Path, folder: Path) -> str:
     paths = sorted(folder.glob("*.yaml"))
     width = max(len(path.stem) for path in paths)
     lines = [f"  {path.stem:<{width}}  {describe(path)}" for path in paths]
-    return "\n".join([f"{folder.name}=...", *lines]) + "\n"
+    return "\n".join([f"{folder.relative_to(conf).as_posix()}=...", *lines]) + "\n"

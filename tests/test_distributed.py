@@ -546,9 +546,8 @@ def test_state_dict_of_one_process_is_untouched() -> None:
     assert isinstance(module, SearchModule)
     checkpoint = {"state_dict": module.state_dict()}
     assert set(module.epoch_metrics(checkpoint)) == {
-        f"{half}_metrics.{name}.{state}"
+        f"{half}_metrics.{name}.sum_value"
         for half in ("train", "val")
-        for name in ("loss", "accuracy")
-        for state in ("mean_value", "weight")
+        for name in ("loss", "correct", "count")
     }
-    assert not any(name.endswith("mean_value") for name in official_state_dict(module.supernet))
+    assert not any(name.endswith("sum_value") for name in official_state_dict(module.supernet))

@@ -7,7 +7,7 @@ import pytest
 from dartsl.help import describe, help_text, launch
 
 CONF = Path(__file__).parents[1] / "conf"
-CHOICES = sorted(CONF.glob("*/*.yaml"))
+CHOICES = sorted(CONF.glob("*/**/*.yaml"))
 
 
 @pytest.mark.parametrize("path", CHOICES, ids=lambda path: f"{path.parent.name}={path.stem}")
@@ -17,7 +17,8 @@ def test_every_choice_has_its_line(path: Path) -> None:
     if path.parent.name == "experiment":
         assert f"  {launch(path)}\n      {line}\n" in text
     else:
-        group = text.split(f"\n{path.parent.name}=...\n")[1].split("\n\n")[0]
+        name = path.parent.relative_to(CONF).as_posix()
+        group = text.split(f"\n{name}=...\n")[1].split("\n\n")[0]
         (found,) = (row for row in group.splitlines() if row.split()[0] == path.stem)
         assert found.split(maxsplit=1)[1] == line
 

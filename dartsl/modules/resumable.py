@@ -11,12 +11,12 @@ And a step whose gradients are not finite is skipped; a run of such steps ends.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import SumMetric
 
 from dartsl.distributed import average_gradients, broadcast, gather, share_of, world_size
 from dartsl.errors import UserError
@@ -32,28 +32,33 @@ class EpochMetrics(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        # Without torchmetrics' search for NaN, which makes a GPU wait at every step.
-        self.loss = MeanMetric(nan_strategy="disable")
-        self.accuracy = MeanMetric(nan_strategy="disable")
-        for metric in (self.loss, self.accuracy):
-            metric.persistent(True)
+        # Sums, not torchmetrics' MeanMetric: its search for NaN makes a GPU wait at every step, and
+        # where that is disabled it ignores the weights (torchmetrics 1.9).
+        self.loss, self.correct, self.count = (SumMetric(nan_strategy="disable") for _ in range(3))
+        for metric in self.children():
+            cast(SumMetric, metric).persistent(True)
 
     @torch.no_grad()
     def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Count a batch: its mean loss (if finite), logits [B, K] and labels [B]."""
-        weight = len(labels) * loss.detach().isfinite().to(loss.dtype)
-        self.loss.update(loss.detach().nan_to_num(0.0, 0.0, 0.0), weight=weight)
-        self.accuracy.update((logits.argmax(1) == labels).float())
+        """Count a batch with a finite mean loss: that, logits [B, K] and labels [B]."""
+        finite = loss.detach().isfinite()
+        count = len(labels) * finite.to(loss.dtype)
+        self.loss.update(loss.detach().nan_to_num(0.0, 0.0, 0.0) * count)
+        self.correct.update((logits.argmax(1) == labels).sum() * finite)
+        self.count.update(count)
 
     def compute_and_reset(self) -> dict[str, Tensor]:
         """The means "loss" and "accuracy" since the last reset."""
-        means = {}
-        for name, metric in (("loss", self.loss), ("accuracy", self.accuracy)):
-            # A resumed metric has its state but not its count of updates; do not warn of it.
-            metric._update_count = max(metric._update_count, 1)
-            means[name] = metric.compute()
-            metric.reset()
-        return means
+        loss, correct, count = (self._sum(m) for m in (self.loss, self.correct, self.count))
+        return {"loss": loss / count, "accuracy": correct / count}
+
+    @staticmethod
+    def _sum(metric: SumMetric) -> Tensor:
+        # A resumed metric has its state but not its count of updates; do not warn of it.
+        metric._update_count = max(metric._update_count, 1)
+        value: Tensor = metric.compute()
+        metric.reset()
+        return value
 
 
 class ResumableModule(pl.LightningModule):
