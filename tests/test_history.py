@@ -8,7 +8,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from dartsl.callbacks import AtomicCheckpoint
+from dartsl.checkpoints import AtomicCheckpoint
 from dartsl.environment import commit, environment
 from dartsl.genotype import Genotype
 from dartsl.history import History, read_history
