@@ -28,7 +28,7 @@ from dartsl.visualize import (
 
 CELLS = sorted(
     {path.stem for path in (Path(__file__).parents[1] / "conf/genotype").glob("*.yaml")}
-    - {"from_file", "random"}
+    - {"from_file", "from_wandb", "random"}
 )
 NAMES = (*COLORS, "none", "x", "a_$new$_primitive_of_considerable_length")
 
