@@ -59,6 +59,11 @@ def _search() -> Section:
             _lines("Loss of the weights' batches", step) | {"x": "trainer/global_step"},
             _lines("Learning rate", "search/learning_rate"),
             _lines("Seconds an epoch", "system/epoch_seconds"),
+            _lines(
+                "Steps skipped, as their gradients were not finite",
+                "search/skipped_weight_steps",
+                "search/skipped_alpha_steps",
+            ),
         ],
     }
 
@@ -102,6 +107,7 @@ def _final_training() -> Section:
             _halves("Loss", "train", "loss"),
             _lines("Learning rate", "train/learning_rate"),
             _lines("Drop path", "train/drop_path_prob"),
+            _lines("Steps skipped, as their gradients were not finite", "train/skipped_steps"),
             {"kind": "bars", "title": "Test accuracy", "metrics": ["test/accuracy.last"]},
         ],
     }

@@ -235,7 +235,8 @@ def publish_search(cfg: DictConfig, trainer: pl.Trainer) -> str | None:
     """Publish a search's genotype and its checkpoint; returns the genotype's name if it has one."""
     folder = Path(cfg.output_dir)
     about = {"experiment": HydraConfig.get().runtime.choices["experiment"], "seed": cfg.seed}
-    about |= {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("search/")}
+    for name in ("search/val_loss", "search/val_accuracy"):
+        about[name] = metric(trainer, name)
     publish(trainer.loggers, "checkpoint", [folder / "checkpoints" / LAST], about)
     genotypes = [folder / name for name in (GENOTYPE_FILE, BEST_GENOTYPE_FILE)]
     return publish(trainer.loggers, "genotype", genotypes, about)

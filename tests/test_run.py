@@ -748,7 +748,10 @@ def test_what_cannot_be_written_ends_in_one_sentence(
     assert result.code == 1
     assert f"{name}': Read-only file system" in result.error.splitlines()[-1]
     assert "Traceback" not in result.error
-    assert Path("here", name).read_text() == "before"
+    if name == "result.yaml":  # a run that begins is not finished any more
+        assert not Path("here", name).exists()
+    else:
+        assert Path("here", name).read_text() == "before"
     assert not list(Path("here").rglob("*.part"))
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import wandb
 from wandb.proto import wandb_internal_pb2 as proto
 
 HEADER, BLOCK, CHUNK = 7, 32 * 1024, struct.Struct("<IHB")
@@ -61,7 +62,9 @@ class OfflineRun:
 
     @classmethod
     def read(cls, folder: Path) -> "OfflineRun":
-        """The one run that is kept in a run's output folder."""
+        """The one run that is kept in a run's output folder; it has to be finished."""
+        assert wandb.run is None
+        wandb.teardown()  # the service writes the last records when it likes, at its end at latest
         (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
         found = cls(path)
         for record in records(path):

@@ -156,8 +156,10 @@ class ResumableModule(pl.LightningModule):
         """Keep the steps' seed and counts, what was logged, and the metrics of all processes."""
         checkpoint["step_seed"] = self.step_seed
         checkpoint["skipped_steps"] = [steps.state_dict() for steps in self.finite_steps]
-        logged = self.trainer.callback_metrics
-        checkpoint["metrics"] = {name: value.cpu() for name, value in logged.items()}
+        logged = sorted(self.trainer.callback_metrics.items())
+        checkpoint["metrics"] = {  # but not what the machine took
+            name: value.cpu() for name, value in logged if not name.startswith("system/")
+        }
         metrics = self.epoch_metrics(checkpoint)
         parts = gather(list(metrics.values()))
         checkpoint["epoch_metrics"] = [dict(zip(metrics, part, strict=True)) for part in parts]
