@@ -192,6 +192,8 @@ class _Forking:
             super().run()
 
     parent_process = staticmethod(multiprocessing.parent_process)
+    get_start_method = staticmethod(multiprocessing.get_start_method)
+    set_start_method = staticmethod(multiprocessing.set_start_method)
 
     def get_context(self, name: str) -> "_Forking":
         return self

@@ -91,12 +91,12 @@ class History(pl.callbacks.Checkpoint):
 
 
 def epoch_metrics(trainer: pl.Trainer) -> dict[str, float | None]:
-    """What was logged of the epoch, without what was logged of its steps."""
+    """What was logged of the epoch, without what was logged of its steps and of the machine."""
     values = {name: value.item() for name, value in trainer.callback_metrics.items()}
     return {
         name: value if math.isfinite(value) else None
         for name, value in values.items()
-        if not name.endswith("_step")
+        if not name.endswith("_step") and not name.startswith("system/")
     }
 
 
