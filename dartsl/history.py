@@ -16,7 +16,7 @@ from dartsl.modules.resumable import ResumableModule
 
 HISTORY_FILE = "history.jsonl"
 TEST_FILE = "test.yaml"
-_DIGITS = 6  # of the edge weights: a fiftieth of the file that all of them would make
+_DIGITS = 6  # of the edge weights, behind the point
 
 
 class History(pl.callbacks.Checkpoint):

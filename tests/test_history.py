@@ -106,7 +106,7 @@ def test_no_file_is_an_empty_history(tmp_path: Path) -> None:
 
 def test_the_environment_names_versions_and_the_commit_of_this_checkout(tmp_path: Path) -> None:
     found = environment()
-    assert found["torch"] == torch.__version__.partition("+")[0] or found["torch"]
+    assert torch.__version__.startswith(found["torch"].partition("+")[0])
     assert found["cores"] >= 1
     assert found["cpu"]
     stray = tmp_path / "module.py"  # in no repository
