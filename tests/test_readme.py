@@ -40,7 +40,7 @@ def test_the_set_up_commands_stand_on_one_line_each() -> None:
     lines = [line for line in README.splitlines() if line.startswith("python3 -m venv")]
     assert [line.removeprefix(start) for line in lines] == [
         ". && .venv/bin/python run.py",
-        "'.[test]' && .venv/bin/python -m pytest",
+        "'.[test]' && .venv/bin/python -m pytest -n auto",
     ]
 
 
