@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from dartsl.config import build, command, kept_overrides, quote, relative, resolved
 from dartsl.distributed import is_first_process
 from dartsl.errors import UserError, unknown
-from dartsl.files import CONFIG_FILE
+from dartsl.files import CONFIG_FILE, whole_file
 from dartsl.genotype import GENOTYPE_FILE, Genotype
 from dartsl.search_space import SearchSpace, random_genotype
 from dartsl.sweep import load_result, natural
@@ -205,7 +205,8 @@ def report(
     rows = [table_row(place + 1, c, accuracies[c]) for place, c in enumerate(ranking)]
     write_csv(folder / "table.csv", rows)
     table = markdown(rows)
-    (folder / "table.md").write_text(table, encoding="utf-8")
+    with whole_file(folder / "table.md") as part:
+        part.write_text(table, encoding="utf-8")
     print(f"\n{table}")
     waiting = [candidate.name for candidate in candidates if candidate not in accuracies]
     if waiting:
@@ -233,7 +234,7 @@ def table_row(place: int, candidate: Candidate, accuracy: float) -> dict[str, An
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write lines of a table, each with the same columns."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with whole_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
