@@ -165,6 +165,9 @@ def training_of(cfg: DictConfig, candidate: Candidate) -> DictConfig:
         training.genotype = {"_target_": "dartsl.genotype.Genotype.load", "path": str(path)}
         training.resume = "auto"
         training.print_config = False
+        for logger in (training.get("logger") or {}).values():
+            if "job_type" in logger:  # of Weights & Biases
+                logger.job_type = "select"
     return training
 
 

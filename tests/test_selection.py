@@ -5,9 +5,20 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 
 from dartsl.genotype import Genotype, published
-from tests.test_run import SMALL_TRAIN, Command, command, images, no_key, on_images  # noqa: F401
+from dartsl.selection import Candidate, training_of
+from tests.test_run import (  # noqa: F401
+    CONF,
+    SMALL_TRAIN,
+    Command,
+    command,
+    images,
+    no_key,
+    on_images,
+)
 
 
 @pytest.fixture
@@ -100,6 +111,18 @@ def test_what_is_trained_is_not_trained_again(
 
 
 # The command, and below it what the sentence says.
+def test_its_trainings_are_no_trainings_to_weights_and_biases(tmp_path: Path) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        overrides = ["experiment=select_digits", "logger=wandb", "run_dir=searches"]
+        cfg = compose("config", [*overrides, f"output_dir={tmp_path}"], return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        candidate = Candidate("0", published("darts_v1"), 1, tmp_path / "0")
+        training = training_of(cfg, candidate)
+    assert training.task == "train"
+    assert training.logger.wandb.job_type == "select"
+    assert cfg.logger.wandb.job_type == "select"  # its own, by its task
+
+
 MISTAKES = {
     ("run_dir=nowhere",): "No genotype in nowhere: run_dir is the folder of a sweep of searches",
     (): "The command lacks run_dir=...",
