@@ -71,13 +71,19 @@ def plot(report: Report, path: Path) -> None:
     for axis, panel in zip(axes, figure.subplots(1, len(axes), squeeze=False)[0], strict=True):
         rows = [row for row in report["rows"] if row["axis"] == axis]
         values = [row["value"] for row in rows]
+        largest = 0.0
         for key, marker in (("step (ms)", "o"), ("saved activations (MB)", "s")):
-            panel.plot(values, [row[key] / rows[0][key] for row in rows], marker=marker, label=key)
+            relative = [row[key] / rows[0][key] for row in rows]
+            panel.plot(values, relative, marker=marker, label=key)
+            largest = max(largest, *relative)
         panel.set_xlabel(axis.replace("_", " "))
-        panel.set_xticks(values)
-        panel.set_ylim(bottom=0)
+        panel.set_xscale("log" if values[-1] > 20 * values[0] else "linear")
+        panel.set_xticks(values, map(str, values))
+        panel.minorticks_off()
+        panel.set_ylim(0, 1.1 * largest)
     figure.axes[0].set_ylabel("relative to the first value")
-    figure.axes[0].legend()
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2)
     figure.savefig(path, dpi=150)
 
 
