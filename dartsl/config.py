@@ -140,6 +140,8 @@ def admits(hint: Any, value: Any) -> bool:
         return value in typing.get_args(hint)
     if origin is Any or origin is object or not inspect.isclass(origin):
         return True
+    if getattr(origin, "_is_protocol", False):
+        return False  # no plain value fulfils one
     if isinstance(value, list | dict):
         return issubclass(type(value), origin) or (isinstance(value, list) and origin is tuple)
     if value is None or isinstance(value, bool):

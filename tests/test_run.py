@@ -502,6 +502,8 @@ experiment=evaluate genotype=darts_v2 ckpt_path=no.pt
     there is no such file
 experiment=draw
     No genotype
+experiment=search_digits module.stages=[1,2]
+    module.stages=[1, 2] must be
 experiment=search_digits resume=yes
     resume=yes must be auto or null
 experiment=search_digits resume=auto ckpt_path={ROOT}/README.md
