@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dartsl import native
+from dartsl.native import depthwise as native
 
 FAST_WIDTH = 3  # of a kernel, for oneDNN's weight gradient
 

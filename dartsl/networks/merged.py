@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dartsl.depthwise import DepthwiseConv2d
+from dartsl.native import copies as native
 from dartsl.operations import (
     OPERATIONS,
     DilatedConv,
@@ -27,9 +28,49 @@ from dartsl.operations import (
     Zero,
     shifted,
 )
+from dartsl.pointwise import is_pointwise, normalized_pointwise
 
 Pool = nn.MaxPool2d | nn.AvgPool2d
 CHAIN_LAYERS = (nn.ReLU, nn.Conv2d, DepthwiseConv2d, nn.BatchNorm2d)
+
+
+def add(term: Tensor, addend: Tensor | None) -> Tensor:
+    """The sum of both, or `term` where nothing is to be added."""
+    return term if addend is None else term + addend
+
+
+def rectified_copies(x: Tensor, num_edges: int, readers: int) -> Sequence[Tensor]:
+    """ReLU of x [B, C, H, W], once for each edge, [B, k C, H, W]; the same for every reader."""
+    if native.can_copy(x) and not torch.is_autocast_enabled("cpu"):
+        return RectifiedCopies.apply(x, num_edges, readers)
+    return [F.relu(torch.cat([x] * num_edges, dim=1))] * readers
+
+
+class RectifiedCopies(torch.autograd.Function):
+    """`rectified_copies` in C. It knows its readers, so as to sum their gradients in one pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, copies: int, readers: int) -> tuple[Tensor, ...]:
+        """[B, C, H, W] -> `readers` times the same [B, copies * C, H, W]."""
+        output = native.rectified_copies(x, copies)
+        ctx.copies = copies
+        ctx.save_for_backward(output)
+        ctx.set_materialize_grads(False)
+        return tuple(output.view_as(output) for _ in range(readers))
+
+    @staticmethod
+    def backward(ctx: Any, *of_readers: Tensor | None) -> tuple[Tensor | None, None, None]:
+        """The sum of the gradients of all copies and readers, where x is positive."""
+        (output,) = ctx.saved_tensors
+        gradients = [gradient for gradient in of_readers if gradient is not None]
+        if not gradients:
+            return None, None, None
+        if not torch.is_grad_enabled():
+            found = native.rectified_copies_backward(gradients, output, ctx.copies)
+            return found, None, None
+        parts = [part for gradient in gradients for part in gradient.chunk(ctx.copies, dim=1)]
+        positive = output[:, : parts[0].shape[1]] > 0
+        return torch.stack(parts).sum(dim=0) * positive, None, None
 
 
 class MergedBatchNorm(nn.Module):
@@ -52,13 +93,15 @@ class MergedBatchNorm(nn.Module):
         self.running_var: Tensor
         self.num_batches_tracked: Tensor
 
-    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
-        """`weight * normalized(x)` of x [B, k C, H, W] and weight [k C].
+    def forward(
+        self, x: Tensor, weight: Tensor | None = None, addend: Tensor | None = None
+    ) -> Tensor:
+        """`weight * normalized(x) + addend` of x [B, k C, H, W] and weight [k C].
 
         Without affine parameters the place of BatchNorm's weight is free: an edge's architecture
         weight costs nothing there.
         """
-        return F.batch_norm(
+        normalized = F.batch_norm(
             x,
             self.running_mean,
             self.running_var,
@@ -68,6 +111,29 @@ class MergedBatchNorm(nn.Module):
             self.momentum,
             self.eps,
         )
+        return add(normalized, addend)
+
+    def after(
+        self,
+        pointwise: nn.Conv2d,
+        x: Tensor,
+        weight: Tensor | None = None,
+        addend: Tensor | None = None,
+        rectify: bool = False,
+    ) -> Tensor:
+        """`self(pointwise(x), weight, addend)`, with a ReLU before the sum if `rectify`."""
+        return normalized_pointwise(
+            x,
+            pointwise.weight,
+            self.running_mean,
+            self.running_var,
+            weight,
+            self.training,
+            self.momentum,
+            self.eps,
+            rectify,
+            addend,
+        )
 
 
 class MergedChain(nn.Sequential):
@@ -76,12 +142,22 @@ class MergedChain(nn.Sequential):
     def __init__(self, copies: Sequence[nn.Sequential]) -> None:
         super().__init__(*(_merge_layers(layers) for layers in zip(*copies, strict=True)))
 
-    def forward(self, input: Tensor, weights: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, input: Tensor, weights: Tensor, addend: Tensor | None = None
+    ) -> Tensor:
         """From k times ReLU(x), [B, k C, H, W], and weights [k C] -> [B, k C, H', W']."""
-        _, *layers, last = self  # the ReLU that the chain begins with is done
-        for layer in layers:
-            input = layer(input)
-        return last(input, weights)
+        _, *layers = self  # the ReLU that the chain begins with is done
+        while layers:
+            layer, *layers = layers
+            if is_pointwise(layer) and isinstance(layers[0], MergedBatchNorm):
+                norm, *layers = layers
+                rectify = bool(layers) and isinstance(layers[0], nn.ReLU)
+                layers = layers[rectify:]
+                last = () if layers else (weights, addend)
+                input = norm.after(layer, input, *last, rectify=rectify)
+            else:
+                input = layer(input) if layers else layer(input, weights, addend)
+        return input
 
 
 class MergedConv(nn.Module):
@@ -91,9 +167,9 @@ class MergedConv(nn.Module):
         super().__init__()
         self.op = MergedChain([single.op for single in copies])
 
-    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+    def forward(self, x: Tensor, weights: Tensor, addend: Tensor | None = None) -> Tensor:
         """From k times ReLU(x), [B, k C, H, W], and weights [k C] -> [B, k C, H', W']."""
-        return self.op(x, weights)
+        return self.op(x, weights, addend)
 
 
 class MergedReduce(nn.Module):
@@ -106,12 +182,14 @@ class MergedReduce(nn.Module):
         self.conv_2 = _merge_convolutions([single.conv_2 for single in copies])
         self.bn = _merge_batch_norms([single.bn for single in copies])
 
-    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+    def forward(self, x: Tensor, weights: Tensor, addend: Tensor | None = None) -> Tensor:
         """[B, k C, H, W], k times ReLU(x), and weights [k C] -> [B, k C, H', W']."""
         branches = [self.conv_1(x), self.conv_2(shifted(x))]
         # Each edge's channels are together: the first edge's two halves come first.
         halves = zip(*(branch.chunk(self.num_edges, dim=1) for branch in branches), strict=True)
-        return self.bn(torch.cat([half for pair in halves for half in pair], dim=1), weights)
+        return self.bn(
+            torch.cat([half for pair in halves for half in pair], dim=1), weights, addend
+        )
 
 
 class ReadsSource:
@@ -124,10 +202,12 @@ class NormalizedPool(ReadsSource, nn.Sequential):
     def __init__(self, pool: Pool, channels: int, num_edges: int) -> None:
         super().__init__(pool, MergedBatchNorm(channels * num_edges, num_edges))
 
-    def forward(self, x: Tensor, weights: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, weights: Tensor, addend: Tensor | None = None
+    ) -> Tensor:
         """In evaluation, by each edge's running statistics: [B, k C, H', W']; weights [k C]."""
         pool, norm = self
-        return norm(pool(x).repeat(1, len(weights) // x.shape[1], 1, 1), weights)
+        return norm(pool(x).repeat(1, len(weights) // x.shape[1], 1, 1), weights, addend)
 
 
 def normalized_pools(pools: Sequence[NormalizedPool], x: Tensor) -> list[Tensor]:
@@ -154,9 +234,10 @@ def normalized_pools(pools: Sequence[NormalizedPool], x: Tensor) -> list[Tensor]
 class PerEdge(ReadsSource, nn.ModuleList):
     """k copies of an operation for which there is no merged form, one after the other."""
 
-    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+    def forward(self, x: Tensor, weights: Tensor, addend: Tensor | None = None) -> Tensor:
         """Weighted outputs [B, k C, H', W'] of x [B, C, H, W]; weights [k C]."""
-        return torch.cat([operation(x) for operation in self], dim=1) * weights[:, None, None]
+        outputs = torch.cat([operation(x) for operation in self], dim=1)
+        return add(outputs * weights[:, None, None], addend)
 
 
 def merged_operation(primitive: str, channels: int, stride: int, num_edges: int) -> nn.Module:

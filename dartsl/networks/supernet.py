@@ -19,6 +19,7 @@ from dartsl.networks.merged import (
     ReadsSource,
     merged_operation,
     normalized_pools,
+    rectified_copies,
 )
 from dartsl.networks.regions import recomputed
 from dartsl.networks.relaxation import Softmax
@@ -84,14 +85,17 @@ class MixedOperation(nn.Module):
         self, x: Tensor, operations: Sequence[nn.Module], columns: Sequence[Tensor]
     ) -> Tensor:
         """Sum [B, k C, H', W'] of the operations on x [B, C, H, W], weighted by columns [k]."""
-        rectified = F.relu(torch.cat([x] * self.num_edges, dim=1))
+        readers = [op for op in operations if not isinstance(op, ReadsSource)]
+        rectified = dict(
+            zip(readers, rectified_copies(x, self.num_edges, len(readers)), strict=True)
+        )
         # Each edge's weight once for every channel. Not an expanded view: the gradients of a
         # BatchNorm are NaN where its weight has stride 0.
         rows = torch.stack(list(columns)).repeat_interleave(x.shape[1], dim=1).unbind()
-        return _sum(
-            operation(x if isinstance(operation, ReadsSource) else rectified, row)
-            for operation, row in zip(operations, rows, strict=True)
-        )
+        total: Tensor | None = None
+        for operation, row in zip(operations, rows, strict=True):
+            total = operation(rectified.get(operation, x), row, total)
+        return cast(Tensor, total)
 
 
 def weigh_maps(maps: Sequence[Tensor], columns: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-/* The weight gradient of a depthwise convolution, in channels_last, for dartsl/depthwise.py.
+/* The weight gradient of a depthwise convolution, in channels_last.
  *
  * B images, C channels, H x W pixels, K x K kernel (K = 3, 5, 7), stride s and dilation d (1, 2),
  * padding p = d (K / 2). x [B, C, H, W] and g [B, C, ceil(H / s), ceil(W / s)] are in
@@ -10,43 +10,9 @@
  * are first packed into a small buffer with the padding around them, so that the loop over the
  * outputs has neither borders nor strides of memory; K, s and d are constants in it, and the sums
  * of a row of the kernel stay in registers.
- *
- * The file includes itself for float and for double.
  */
-#ifndef REAL
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-
-#define BYTES 64      /* of a vector; the compiler splits it where registers are smaller */
-#define MAX_WIDTH 7   /* of a kernel */
-#define PIXELS 4      /* of the loop over a row that are unrolled */
-#define MAX_CHUNKS 32 /* parts of a batch that are summed apart */
-
-typedef struct {
-    int64_t images, channels, height, width, kernel, stride, dilation, threads;
-} Sizes;
-
-#define REAL float
-#define NAME(name) name##_float
-#include "depthwise.c"
-#undef REAL
-#undef NAME
-#define REAL double
-#define NAME(name) name##_double
-#include "depthwise.c"
-
-#else /* ------------------------------------------------------------------------------------- */
-
-#define LANES ((int64_t)(BYTES / sizeof(REAL)))
-#define Vector NAME(Vector)
-typedef REAL Vector __attribute__((vector_size(BYTES)));
-
-static Vector *NAME(zeros)(int64_t length) {
-    Vector *buffer = aligned_alloc(BYTES, (size_t)length * sizeof(Vector));
-    if (buffer != NULL) memset(buffer, 0, (size_t)length * sizeof(Vector));
-    return buffer;
-}
+#define MAX_WIDTH 7 /* of a kernel */
+#define PIXELS 4    /* of the loop over a row that are unrolled */
 
 /* Some channels of an image [height, width, channels] into the middle of a buffer of zeros that is
  * wider by `border` on each side. */
@@ -93,37 +59,35 @@ static inline __attribute__((always_inline)) void NAME(add)(
     else if (s->dilation == 1) NAME(add)(__VA_ARGS__, K, 2, 1);                    \
     else NAME(add)(__VA_ARGS__, K, 2, 2);
 
-static void NAME(add_any)(const Sizes *s, const Vector *x, const Vector *g, Vector *total,
+static void NAME(add_any)(const Depthwise *s, const Vector *x, const Vector *g, Vector *total,
                           int64_t width, int64_t out_height, int64_t out_width) {
     if (s->kernel == 3) { WITH_KERNEL(3, x, g, total, width, out_height, out_width) }
     else if (s->kernel == 5) { WITH_KERNEL(5, x, g, total, width, out_height, out_width) }
     else { WITH_KERNEL(7, x, g, total, width, out_height, out_width) }
 }
 
-/* Returns 0, or 1 where there is no memory. The batch is parted in the same way for any number of
- * threads, so that the sums are the same too. */
-int NAME(weight_gradient)(const Sizes *s, const REAL *x, const REAL *g, REAL *dw) {
+/* dw from all of x and g. */
+int NAME(weight_gradient)(const Depthwise *s, const REAL *x, const REAL *g, REAL *dw) {
     int64_t border = s->dilation * (s->kernel / 2), taps = s->kernel * s->kernel;
     int64_t width = s->width + 2 * border, height = s->height + 2 * border;
     int64_t out_height = (s->height + s->stride - 1) / s->stride;
     int64_t out_width = (s->width + s->stride - 1) / s->stride;
     int64_t blocks = (s->channels + LANES - 1) / LANES;
-    int64_t chunks = s->images < MAX_CHUNKS ? s->images : MAX_CHUNKS;
-    Vector *totals = NAME(zeros)(chunks * blocks * taps);
+    int64_t parts = least(s->images, MAX_PARTS);
+    Vector *totals = zeros(parts * blocks * taps * BYTES);
     int failed = totals == NULL;
 #pragma omp parallel for num_threads((int)s->threads) schedule(static) reduction(| : failed)
-    for (int64_t chunk = 0; chunk < chunks; chunk++) {
-        Vector *xs = NAME(zeros)(height * width), *gs = NAME(zeros)(out_height * out_width);
+    for (int64_t part = 0; part < parts; part++) {
+        Vector *xs = zeros(height * width * BYTES), *gs = zeros(out_height * out_width * BYTES);
         failed |= xs == NULL || gs == NULL;
-        for (int64_t b = chunk * s->images / chunks; b < (chunk + 1) * s->images / chunks; b++)
+        for (int64_t b = part * s->images / parts; b < (part + 1) * s->images / parts; b++)
             for (int64_t block = 0; block < blocks && !failed; block++) {
-                int64_t first = block * LANES, left = s->channels - first;
-                int64_t lanes = left < LANES ? left : LANES;
+                int64_t first = block * LANES, lanes = least(s->channels - first, LANES);
                 NAME(pack)(x + b * s->height * s->width * s->channels + first, xs, s->height,
                            s->width, s->channels, lanes, border);
                 NAME(pack)(g + b * out_height * out_width * s->channels + first, gs, out_height,
                            out_width, s->channels, lanes, 0);
-                NAME(add_any)(s, xs, gs, totals + (chunk * blocks + block) * taps, width,
+                NAME(add_any)(s, xs, gs, totals + (part * blocks + block) * taps, width,
                               out_height, out_width);
             }
         free(xs);
@@ -132,15 +96,14 @@ int NAME(weight_gradient)(const Sizes *s, const REAL *x, const REAL *g, REAL *dw
     for (int64_t c = 0; c < s->channels && !failed; c++)
         for (int64_t t = 0; t < taps; t++) {
             REAL sum = 0;
-            for (int64_t chunk = 0; chunk < chunks; chunk++)
-                sum += totals[(chunk * blocks + c / LANES) * taps + t][c % LANES];
+            for (int64_t part = 0; part < parts; part++)
+                sum += totals[(part * blocks + c / LANES) * taps + t][c % LANES];
             dw[c * taps + t] = sum;
         }
     free(totals);
     return failed;
 }
 
-#undef Vector
-#undef LANES
 #undef WITH_KERNEL
-#endif
+#undef MAX_WIDTH
+#undef PIXELS
