@@ -300,8 +300,7 @@ def resume() -> None:
 
     def fit(name: str, processes: int, batch_size: int, *callbacks, **options: Any) -> None:
         callbacks = (Logged(f"{name}.pt"), FixedStatistics(), *callbacks)
-        # Lightning restores before it converts: a network of float32 would lose half of the bits.
-        module = make_module("first_order", num_classes=10).double()
+        module = make_module("first_order", num_classes=10)
         data = on_digits(batch_size, max_images=29)
         pl.seed_everything(0)
         make_trainer(processes, *callbacks).fit(module, data, weights_only=True, **options)
