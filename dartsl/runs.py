@@ -38,8 +38,10 @@ def prepare(cfg: DictConfig) -> None:
     check_types(cfg)
     if not 0 <= cfg.seed < 2**32:
         raise UserError(f"seed={cfg.seed} must be a whole number from 0 to 2^32 - 1.")
-    if cfg.threads is not None and not (isinstance(cfg.threads, int) and cfg.threads >= 1):
-        raise UserError(f"threads={cfg.threads} must be a whole number of at least 1, or null.")
+    for key in ("threads", "trainer.max_epochs"):  # 0 epochs train nothing, -1 never end
+        value = OmegaConf.select(cfg, key)
+        if value is not None and not (isinstance(value, int) and value >= 1):
+            raise UserError(f"{key}={value} must be a whole number of at least 1, or null.")
     check_fit(cfg)
     output_dir = Path(cfg.output_dir)
     goes_on = cfg.ckpt_path is not None or cfg.resume is not None

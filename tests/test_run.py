@@ -442,6 +442,18 @@ experiment=search_digits ckpt_path=last
     No checkpoint at
 experiment=search_digits supernet.chanels=3
     Unknown key of supernet 'chanels'. Did you mean 'channels'?
+experiment=search_digits +supernet.chanels=3
+    Unknown key of supernet 'chanels'. Did you mean 'channels'?
+experiment=search_digits +data.foo=3
+    Unknown key of data 'foo'. Choices
+experiment=search_digits +optimizer.schedule.foo=3
+    Unknown key of optimizer.schedule 'foo'. Choices
+experiment=search_digits hardware=[1,2]
+    A group takes a name, or a list of names
+experiment=search_digits trainer.max_epochs=0
+    trainer.max_epochs=0 must be a whole number of at least 1
+experiment=search_digits optimizer.schedule.num_epochs=-1
+    optimizer.schedule.num_epochs=-1 must be at least 1
 experiment=search_digits supernet.channels=[
     Cannot read 'supernet.channels=['
 experiment=search_digits supernet.channels=0

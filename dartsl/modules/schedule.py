@@ -2,9 +2,17 @@
 
 import math
 
+from dartsl.errors import UserError
+
 
 def cosine(epoch: int, initial: float, final: float, num_epochs: int) -> float:
-    """Cosine annealing (section 3.1.1): `initial` at epoch 0, `final` at `num_epochs`."""
+    """Cosine annealing (section 3.1.1): `initial` at epoch 0, `final` at `num_epochs`.
+
+    Raises:
+        UserError: for less than one epoch.
+    """
+    if num_epochs < 1:
+        raise UserError(f"optimizer.schedule.num_epochs={num_epochs} must be at least 1.")
     return final + (initial - final) * (1 + math.cos(math.pi * epoch / num_epochs)) / 2
 
 
