@@ -55,7 +55,14 @@ class BilevelProblem:
 
 
 class Hypergradient(Protocol):
-    """From a bilevel problem to the gradient of alpha."""
+    """From a bilevel problem to the gradient of alpha.
+
+    Attributes:
+        differentiates_twice: whether a loss is differentiated, and its gradient again; what
+            torch.compile makes cannot be.
+    """
+
+    differentiates_twice: bool
 
     def __call__(self, problem: BilevelProblem) -> Tensors:
         """Gradients of the alphas, in their order; weights and alphas are left as they were."""
@@ -63,6 +70,8 @@ class Hypergradient(Protocol):
 
 class FirstOrder:
     """xi = 0: the present weights stand for the optimal ones (section 2.3)."""
+
+    differentiates_twice = False
 
     def __call__(self, problem: BilevelProblem) -> Tensors:
         """grad_alpha L_val(w, alpha)."""
@@ -93,6 +102,7 @@ class Unrolled:
         if not epsilon_scale > 0:
             raise UserError(f"epsilon_scale is {epsilon_scale}; it must be positive.")
         self.product = product
+        self.differentiates_twice = product == "exact"
         self.epsilon_scale = epsilon_scale
 
     def __call__(self, problem: BilevelProblem) -> Tensors:

@@ -38,10 +38,11 @@ def prepare(cfg: DictConfig) -> None:
     check_types(cfg)
     if not 0 <= cfg.seed < 2**32:
         raise UserError(f"seed={cfg.seed} must be a whole number from 0 to 2^32 - 1.")
-    for key in ("threads", "trainer.max_epochs"):  # 0 epochs train nothing, -1 never end
-        value = OmegaConf.select(cfg, key)
-        if value is not None and not (isinstance(value, int) and value >= 1):
-            raise UserError(f"{key}={value} must be a whole number of at least 1, or null.")
+    if cfg.threads is not None and not 1 <= cfg.threads <= 1024:  # of too many a process dies
+        raise UserError(f"threads={cfg.threads} must be from 1 to 1024, or null.")
+    epochs = cfg.trainer.max_epochs
+    if epochs is not None and epochs < 1:  # 0 train nothing, and -1 never end
+        raise UserError(f"trainer.max_epochs={epochs} must be at least 1, or null.")
     check_fit(cfg)
     output_dir = Path(cfg.output_dir)
     goes_on = cfg.ckpt_path is not None or cfg.resume is not None
@@ -121,12 +122,15 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
 
 
 def compile_network(
-    cfg: DictConfig, trainer: pl.Trainer, network: Supernet | FinalNetwork, product: str = ""
+    cfg: DictConfig,
+    trainer: pl.Trainer,
+    network: Supernet | FinalNetwork,
+    differentiated_twice: bool = False,
 ) -> None:
     """Have the network's operations compiled if the config asks for it, and if they can be."""
     if cfg.hardware.compile is None:
         return
-    if product == "exact":
+    if differentiated_twice:
         log.warning("What torch.compile makes is not differentiated twice: this runs uncompiled.")
         return
     device = trainer.strategy.root_device

@@ -131,7 +131,7 @@ def test_a_sweep_by_each_launcher(launcher: tuple[str, ...], tmp_path: Path) -> 
     assert [failed["job"] for failed in summary["failed"]] == ["2"]
     for job in ("0", "1"):
         assert len(Genotype.load(tmp_path / "here" / job / "genotype.yaml").normal) == 8
-    assert "Next:     python run.py experiment=select_digits" in done.stdout
+    assert "Next: python run.py experiment=select_digits" in done.stdout
     assert done.stdout.rstrip().endswith("run_dir=here") or "(_run_job" in done.stdout  # of ray
 
 
