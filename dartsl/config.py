@@ -34,6 +34,7 @@ from omegaconf.errors import (
     GrammarParseError,
     OmegaConfBaseException,
 )
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.syntax import Syntax
 from rich.tree import Tree
 
@@ -237,6 +238,8 @@ def find_mistake(error: BaseException | None, groups: Iterable[str]) -> UserErro
     if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
         name = "" if error.filename is None else f" {str(error.filename)!r}"
         return UserError(f"Cannot use the file or folder{name}: {error.strerror}.")
+    if isinstance(error, MisconfigurationException):  # Lightning's word for a mistake
+        return UserError(" ".join(str(error).split()))
     if isinstance(error, MissingConfigException) and error.missing_cfg_file in EXTRAS:
         return UserError(
             f"{error.missing_cfg_file} is an extra that is not installed: "

@@ -466,7 +466,17 @@ experiment=search_digits +optimizer.schedule.foo=3
 experiment=search_digits hardware=[1,2]
     A group takes a name, or a list of names
 experiment=search_digits trainer.max_epochs=0
-    trainer.max_epochs=0 must be at least 1
+    trainer.max_epochs=0 trains nothing
+experiment=search_digits trainer.max_epochs=-1
+    trainer.max_epochs=-1 must be at least 1
+experiment=search_digits trainer.limit_train_batches=0.001
+    You requested to check 0.001 of the `train_dataloader`
+experiment=search_digits optimizer.schedule.final=-1
+    optimizer.schedule.final=-1 must be a number of at least 0
+experiment=search_digits data.std=[0]
+    mean=0.30545918 must be a number, and std=0.0 one above 0
+experiment=search_digits data.cutout_length=16
+    cutout_length=16 must be at most 15
 experiment=search_digits optimizer.schedule.num_epochs=-1
     optimizer.schedule.num_epochs=-1 must be at least 1
 experiment=search_digits supernet.channels=[
