@@ -497,6 +497,8 @@ experiment=search_digits optimizer.gradient_clip=0
     gradient_clip=0 must be above 0
 experiment=train_digits genotype=darts_v1 module.label_smoothing=2
     label_smoothing=2 must be from 0 to 1
+experiment=train_digits genotype=darts_v1 module.auxiliary_weight=nan
+    auxiliary_weight=nan must be a number of at least 0
 experiment=search_digits optimizer.weights.momentum=-1
     The optimizer of the weights refuses its settings: Invalid momentum value: -1
 experiment=search_digits trainer.devices=many
