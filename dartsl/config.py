@@ -132,7 +132,10 @@ def parameter_names(target: Any) -> set[str] | None:
         takers += [base for base in bases if base.__module__.partition(".")[0] == package]
     names: set[str] = set()
     for taker in takers:
-        parameters = inspect.signature(taker).parameters
+        try:
+            parameters = inspect.signature(taker).parameters
+        except ValueError:  # of a type written in C
+            return None
         names |= {name for name, each in parameters.items() if each.kind not in _STARRED}
         if not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
             return names

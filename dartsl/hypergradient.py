@@ -57,12 +57,9 @@ class BilevelProblem:
 class Hypergradient(Protocol):
     """From a bilevel problem to the gradient of alpha.
 
-    Attributes:
-        differentiates_twice: whether a loss is differentiated, and its gradient again; what
-            torch.compile makes cannot be.
+    One that differentiates the gradient of a loss says so by an attribute `differentiates_twice`,
+    for what torch.compile makes is differentiated once only.
     """
-
-    differentiates_twice: bool
 
     def __call__(self, problem: BilevelProblem) -> Tensors:
         """Gradients of the alphas, in their order; weights and alphas are left as they were."""
@@ -70,8 +67,6 @@ class Hypergradient(Protocol):
 
 class FirstOrder:
     """xi = 0: the present weights stand for the optimal ones (section 2.3)."""
-
-    differentiates_twice = False
 
     def __call__(self, problem: BilevelProblem) -> Tensors:
         """grad_alpha L_val(w, alpha)."""
@@ -86,6 +81,9 @@ class Unrolled:
         product: how the matrix-vector product of Eq. 7 is computed: "finite_difference" is the
             paper's algorithm (Eq. 8); "exact" differentiates twice.
         epsilon_scale: epsilon = epsilon_scale / ||v||, 0.01 in the paper.
+
+    Attributes:
+        differentiates_twice: whether the gradient of a loss is differentiated.
 
     Raises:
         UserError: for an unknown product, and an epsilon_scale that is not positive.

@@ -41,6 +41,8 @@ def prepare(cfg: DictConfig) -> None:
     if cfg.threads is not None and not 1 <= cfg.threads <= 1024:  # of too many a process dies
         raise UserError(f"threads={cfg.threads} must be from 1 to 1024, or null.")
     check_length(cfg)
+    if (cfg.get("module") or {}).get("schedule") is not None:
+        build(cfg.module.schedule)(0)  # it refuses its settings before any data is read
     check_fit(cfg)
     output_dir = Path(cfg.output_dir)
     goes_on = cfg.ckpt_path is not None or cfg.resume is not None

@@ -53,7 +53,7 @@ def search(cfg: DictConfig) -> float | None:
     module = build(cfg.module)(supernet=supernet)
     cfg.ckpt_path = find_checkpoint(cfg)
     with running(cfg, run_as_other) as (trainer, data):
-        twice = module.hypergradient.differentiates_twice
+        twice = getattr(module.hypergradient, "differentiates_twice", False)
         compile_network(cfg, trainer, module.supernet, twice)
         trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
         leave_report(cfg.output_dir)

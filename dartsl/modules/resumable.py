@@ -71,8 +71,6 @@ class ResumableModule(pl.LightningModule):
 
     def __init__(self, schedule: Schedule | None) -> None:
         super().__init__()
-        if schedule is not None:
-            schedule(0)  # it refuses its settings before any data is read
         self.schedule = schedule
         self.step_seed: int | None = None
         self.finite_steps: list[FiniteSteps] = []  # of every optimizer, in their order
