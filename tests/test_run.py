@@ -475,8 +475,8 @@ experiment=search_digits optimizer.schedule.final=-1
     optimizer.schedule.final=-1 must be a number of at least 0
 experiment=search_digits data.std=[0]
     mean=0.30545918 must be a number, and std=0.0 one above 0
-experiment=search_digits data.cutout_length=16
-    cutout_length=16 must be at most 15
+experiment=search_digits data.cutout_length=9999
+    cutout_length=9999 must be at most 1024
 experiment=search_digits optimizer.schedule.num_epochs=-1
     optimizer.schedule.num_epochs=-1 must be at least 1
 experiment=search_digits supernet.channels=[

@@ -322,8 +322,7 @@ class ImageDataModule(LightningDataModule):
         for name, least, most in (
             ("seed", 0, 2**64 - 1), ("batch_size", 1, math.inf), ("num_workers", 0, math.inf),
             ("image_size", smallest, math.inf),
-            # More would leave nothing of an image.
-            ("crop_padding", 0, self.image_size), ("cutout_length", 0, 2 * self.image_size - 1),
+            ("crop_padding", 0, 1024), ("cutout_length", 0, 1024),
         ):  # fmt: skip
             value = getattr(self, name)
             if value < least:
