@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-import warnings
 from pathlib import Path
 
 import hydra
@@ -14,13 +13,6 @@ from omegaconf import DictConfig, OmegaConf
 from dartsl import tasks
 from dartsl.config import find_mistake
 from dartsl.help import help_text
-
-# Of Lightning 2.6 under torch 2.15 and later: nothing that a user can act on.
-warnings.filterwarnings(
-    "ignore",
-    message=r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-    module=r"pytorch_lightning\.utilities\._pytree",
-)
 
 CONF = Path(__file__).parent.resolve() / "conf"
 GROUPS = [path.name for path in CONF.iterdir() if path.is_dir()]

@@ -90,7 +90,7 @@ class Harness:
         self.kills: Counter[str] = Counter()
         for number, (owner, method) in enumerate(PHASES.values(), 1):
             setattr(owner, method, self.noted(getattr(owner, method), number))
-        processes.multiprocessing = _Forking()  # type: ignore[attr-defined]
+        processes._Other = _Forked  # type: ignore[misc]
 
     def noted(self, method: Callable[..., Any], number: int) -> Callable[..., Any]:
         """The method, noting when it begins and ends in the first process."""
@@ -183,20 +183,14 @@ class Harness:
         os.waitpid(pid, 0)
 
 
-class _Forking:
-    """In the place of `multiprocessing` in dartsl.processes: other ranks are forked as well."""
+class _Forked(processes._Other):
+    """In the place of the other ranks of dartsl.processes: forked, as the first is."""
 
-    class Process(multiprocessing.get_context("fork").Process):  # type: ignore[name-defined, misc]
-        def run(self) -> None:
-            rank_zero_only.rank = int(os.environ["LOCAL_RANK"])  # type: ignore[attr-defined]
-            super().run()
+    _Popen = staticmethod(multiprocessing.get_context("fork").Process._Popen)  # type: ignore
 
-    parent_process = staticmethod(multiprocessing.parent_process)
-    get_start_method = staticmethod(multiprocessing.get_start_method)
-    set_start_method = staticmethod(multiprocessing.set_start_method)
-
-    def get_context(self, name: str) -> "_Forking":
-        return self
+    def run(self) -> None:
+        rank_zero_only.rank = int(os.environ["LOCAL_RANK"])  # type: ignore[attr-defined]
+        super().run()
 
 
 def has_ended(pid: int) -> bool:

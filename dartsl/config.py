@@ -9,6 +9,7 @@ import inspect
 import re
 import shlex
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,6 +34,7 @@ from omegaconf.errors import (
     GrammarParseError,
     OmegaConfBaseException,
 )
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.syntax import Syntax
 from rich.tree import Tree
 
@@ -88,11 +90,19 @@ _TASK_TYPES = {
 
 
 def check_types(cfg: DictConfig) -> None:
-    """Raise a UserError for a value of another type than what it is given to takes."""
+    """Raise a UserError for a value of another name or type than what it is given to takes."""
     plain = OmegaConf.to_container(cfg, resolve=True)
     _check_types("", cast(dict[str, Any], plain), _TASK_TYPES)
     for path, node in _targets(plain):
-        _check_types(path, node, parameter_types(get_object(node["_target_"])))
+        target = get_object(node["_target_"])
+        _check_names(path, node, parameter_names(target))
+        _check_types(path, node, parameter_types(target))
+
+
+def _check_names(path: str, node: dict[str, Any], names: set[str] | None) -> None:
+    for name in node:
+        if names is not None and name not in names and not re.fullmatch("_[a-z]+_", name):
+            raise unknown(f"key of {path.rstrip('.')}", name, names)
 
 
 def _check_types(path: str, node: dict[str, Any], hints: dict[str, Any]) -> None:
@@ -108,6 +118,31 @@ def _targets(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
             yield path, node
         for key, value in node.items():
             yield from _targets(value, f"{path}{key}.")
+
+
+def parameter_names(target: Any) -> set[str] | None:
+    """The names of a function's or a constructor's parameters; None where it takes any.
+
+    What a constructor takes as ** is taken to be for the base class, where both are of one package.
+    """
+    takers = [target]
+    if inspect.isclass(target):
+        package = target.__module__.partition(".")[0]
+        bases = [base for base in target.__mro__[1:] if "__init__" in vars(base)]
+        takers += [base for base in bases if base.__module__.partition(".")[0] == package]
+    names: set[str] = set()
+    for taker in takers:
+        try:
+            parameters = inspect.signature(taker).parameters
+        except ValueError:  # of a type written in C
+            return None
+        names |= {name for name, each in parameters.items() if each.kind not in _STARRED}
+        if not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+            return names
+    return None
+
+
+_STARRED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def parameter_types(target: Any) -> dict[str, Any]:
@@ -206,6 +241,8 @@ def find_mistake(error: BaseException | None, groups: Iterable[str]) -> UserErro
     if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
         name = "" if error.filename is None else f" {str(error.filename)!r}"
         return UserError(f"Cannot use the file or folder{name}: {error.strerror}.")
+    if isinstance(error, MisconfigurationException):  # Lightning's word for a mistake
+        return UserError(" ".join(str(error).split()))
     if isinstance(error, MissingConfigException) and error.missing_cfg_file in EXTRAS:
         return UserError(
             f"{error.missing_cfg_file} is an extra that is not installed: "
@@ -224,6 +261,8 @@ def find_mistake(error: BaseException | None, groups: Iterable[str]) -> UserErro
         )
     if isinstance(error, OverrideParseException):
         return UserError(f"Cannot read {error.override!r}: {str(error).splitlines()[0]}.")
+    if isinstance(error, TypeError) and _raised_in(error) == "hydra._internal.defaults_list":
+        return UserError("A group takes a name, or a list of names, and nothing else: data=digits.")
     cause = error.__cause__ or error.__context__
     refused = re.match(r"Could not override '(\w+)'", str(error))
     if isinstance(error, ConfigCompositionException) and cause is None and refused:
@@ -239,6 +278,12 @@ def find_mistake(error: BaseException | None, groups: Iterable[str]) -> UserErro
     ):
         return UserError(" ".join(str(error).split()))
     return mistake
+
+
+def _raised_in(error: BaseException) -> str | None:
+    """The name of the module whose code raised an exception."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1].f_globals.get("__name__") if frames else None
 
 
 # What may differ between a run and the one that goes on with it: nothing of it moves a number.

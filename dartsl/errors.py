@@ -22,4 +22,4 @@ def unknown(kind: str, value: object, choices: Iterable[str]) -> UserError:
     names = sorted(choices)
     near = difflib.get_close_matches(str(value), names, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return UserError(f"Unknown {kind} {value!r}.{hint} Choices: {', '.join(names)}.")
+    return UserError(f"Unknown {kind} {value!r}.{hint} Choices: {', '.join(names) or 'none'}.")

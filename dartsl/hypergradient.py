@@ -55,7 +55,11 @@ class BilevelProblem:
 
 
 class Hypergradient(Protocol):
-    """From a bilevel problem to the gradient of alpha."""
+    """From a bilevel problem to the gradient of alpha.
+
+    One that differentiates the gradient of a loss says so by an attribute `differentiates_twice`,
+    for what torch.compile makes is differentiated once only.
+    """
 
     def __call__(self, problem: BilevelProblem) -> Tensors:
         """Gradients of the alphas, in their order; weights and alphas are left as they were."""
@@ -78,6 +82,9 @@ class Unrolled:
             paper's algorithm (Eq. 8); "exact" differentiates twice.
         epsilon_scale: epsilon = epsilon_scale / ||v||, 0.01 in the paper.
 
+    Attributes:
+        differentiates_twice: whether the gradient of a loss is differentiated.
+
     Raises:
         UserError: for an unknown product, and an epsilon_scale that is not positive.
 
@@ -93,6 +100,7 @@ class Unrolled:
         if not epsilon_scale > 0:
             raise UserError(f"epsilon_scale is {epsilon_scale}; it must be positive.")
         self.product = product
+        self.differentiates_twice = product == "exact"
         self.epsilon_scale = epsilon_scale
 
     def __call__(self, problem: BilevelProblem) -> Tensors:

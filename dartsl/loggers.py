@@ -19,6 +19,7 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.loggers.logger import rank_zero_experiment
 
 from dartsl.errors import UserError
+from dartsl.files import whole_file
 from dartsl.genotype import GENOTYPE_FILE, Genotype
 
 log = logging.getLogger(__name__)
@@ -193,8 +194,8 @@ class Wandb(WandbLogger):
     def _begin(self, run: Any) -> None:
         """Keep the run's id, tell it what its metrics are, and link it with where it comes from."""
         kept = Path(self._wandb_init["dir"]) / RUN_ID_FILE
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(run.id + "\n", encoding="utf-8")
+        with whole_file(kept) as part:
+            part.write_text(run.id + "\n", encoding="utf-8")
         for name in STEP_METRICS:
             run.define_metric(name, step_metric="trainer/global_step", summary="min,last")
         for group in EPOCH_GROUPS:

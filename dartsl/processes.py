@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing.connection import wait
+from multiprocessing.connection import Pipe, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
@@ -36,7 +36,9 @@ def processes(trainer: pl.Trainer, function: Callable[..., Any], *args: Any) -> 
     """Within: this process is rank 0 of `trainer`, and `function(*args)` runs as every other rank.
 
     Nothing is started for a single process, nor where another started them (torchrun, Slurm, this
-    function). Afterwards all have ended, and the environment is what it was.
+    function). Rank 0 waits until every other has come here, too: one that ends before would be
+    waited for where nothing interrupts. Afterwards all have ended, and the environment is what it
+    was.
 
     Args:
         trainer: says how many processes there are.
@@ -47,11 +49,16 @@ def processes(trainer: pl.Trainer, function: Callable[..., Any], *args: Any) -> 
         UserError: where another process failed first; what it had to say stands on stderr.
     """
     if not _launches(trainer):
+        this = multiprocessing.current_process()
+        if isinstance(this, _Other):
+            this.arrive()
         yield
         return
     with _restored_environment():
-        others = _Others(_start(trainer.num_devices, function, args))
+        store = _meeting_point()  # there until all have ended
+        others = _Others(_start(trainer.num_devices, store.port, function, args))
         try:
+            others.await_arrival()
             yield
             others.check(SECONDS_TO_END)
         except UserError:
@@ -65,10 +72,43 @@ def processes(trainer: pl.Trainer, function: Callable[..., Any], *args: Any) -> 
                 dist.destroy_process_group()
 
 
+class _Other(SpawnProcess):
+    """Another rank: calls a function, says when it has come as far as `processes`.
+
+    Args:
+        function: what it does.
+        args: of the function.
+    """
+
+    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.function = function
+        self.args = args
+        self.arrival, self.own_end = Pipe(duplex=False)
+
+    def start(self) -> None:
+        """Start the process; the pipe ends with it."""
+        super().start()
+        self.own_end.close()
+
+    def run(self) -> None:
+        """What it does, there; it does not outlive rank 0."""
+        threading.Thread(target=_exit_with_rank_zero, daemon=True).start()
+        try:
+            self.function(*self.args)
+        except UserError as error:
+            sys.exit(f"Error: {error}")
+
+    def arrive(self) -> None:
+        """Say, there, that it has come as far as `processes`."""
+        self.own_end.send_bytes(b"here")
+        self.own_end.close()
+
+
 class _Others(threading.Thread):
     """Waits for the other processes, alone: two threads that wait for one take its status away."""
 
-    def __init__(self, processes: Sequence[SpawnProcess]) -> None:
+    def __init__(self, processes: Sequence[_Other]) -> None:
         super().__init__(daemon=True)
         self.processes = processes
         self.failure: str | None = None
@@ -95,6 +135,15 @@ class _Others(threading.Thread):
         if not self.ended.wait(SECONDS_TO_END):
             print(f"Error: {self.failure}.", file=sys.stderr, flush=True)
             os._exit(1)  # and the others with it
+
+    def await_arrival(self) -> None:
+        """Wait until all have arrived.
+
+        Raises:
+            EOFError: where one has ended instead.
+        """
+        for other in self.processes:
+            other.arrival.recv_bytes()
 
     def check(self, seconds: float, error: Exception | None = None) -> None:
         """Raise a UserError where another process failed, or does so within some seconds.
@@ -141,16 +190,31 @@ def _restored_environment() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _start(number: int, function: Callable[..., Any], args: tuple[Any, ...]) -> list[SpawnProcess]:
+def _meeting_point() -> dist.TCPStore:
+    """The store through which the ranks find each other, which listens already, here alone.
+
+    Rank 0 joins the server that its own process has on a port. Between choosing a free port and
+    listening on it, which Lightning does much later, another run could take it.
+    """
+    listening = socket.create_server(("127.0.0.1", 0))
+    port = listening.getsockname()[1]
+    return dist.TCPStore(
+        "127.0.0.1", port, is_master=True, wait_for_workers=False, multi_tenant=True,
+        master_listen_fd=listening.detach(),
+    )  # fmt: skip
+
+
+def _start(
+    number: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]
+) -> list[_Other]:
     """Ranks 1 to `number` - 1; each finds its rank in the environment, where Lightning looks."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "NODE_RANK": "0"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
     others = []
     with _default_start_method("spawn"):
         for rank in range(1, number):
             os.environ["LOCAL_RANK"] = str(rank)
-            other = multiprocessing.get_context("spawn").Process(target=_run, args=(function, args))
-            other.start()
-            others.append(other)
+            others.append(_Other(function, args))
+            others[-1].start()
     os.environ["LOCAL_RANK"] = "0"
     return others
 
@@ -164,21 +228,6 @@ def _default_start_method(name: str) -> Iterator[None]:
         yield
     finally:
         multiprocessing.set_start_method(before, force=True)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _run(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """What another process does; it does not outlive rank 0."""
-    threading.Thread(target=_exit_with_rank_zero, daemon=True).start()
-    try:
-        function(*args)
-    except UserError as error:
-        sys.exit(f"Error: {error}")
 
 
 def _exit_with_rank_zero() -> None:

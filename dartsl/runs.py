@@ -38,8 +38,11 @@ def prepare(cfg: DictConfig) -> None:
     check_types(cfg)
     if not 0 <= cfg.seed < 2**32:
         raise UserError(f"seed={cfg.seed} must be a whole number from 0 to 2^32 - 1.")
-    if cfg.threads is not None and not (isinstance(cfg.threads, int) and cfg.threads >= 1):
-        raise UserError(f"threads={cfg.threads} must be a whole number of at least 1, or null.")
+    if cfg.threads is not None and not 1 <= cfg.threads <= 1024:  # of too many a process dies
+        raise UserError(f"threads={cfg.threads} must be from 1 to 1024, or null.")
+    check_length(cfg)
+    if (cfg.get("module") or {}).get("schedule") is not None:
+        build(cfg.module.schedule)(0)  # it refuses its settings before any data is read
     check_fit(cfg)
     output_dir = Path(cfg.output_dir)
     goes_on = cfg.ckpt_path is not None or cfg.resume is not None
@@ -51,6 +54,15 @@ def prepare(cfg: DictConfig) -> None:
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     pl.seed_everything(cfg.seed, verbose=False)
+
+
+def check_length(cfg: DictConfig) -> None:
+    """Raise a UserError where a run would train nothing, or would never end."""
+    for key in ("max_epochs", "max_steps", "limit_train_batches"):
+        if cfg.trainer[key] == 0:
+            raise UserError(f"trainer.{key}=0 trains nothing; it must be more.")
+    if cfg.trainer.max_epochs is not None and cfg.trainer.max_epochs < 0:
+        raise UserError(f"trainer.max_epochs={cfg.trainer.max_epochs} must be at least 1.")
 
 
 def check_fit(cfg: DictConfig) -> None:
@@ -111,7 +123,7 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
         if environment is not None:  # what Lightning would check after all data is read
             environment.validate_settings(trainer.num_devices, trainer.num_nodes)
         return trainer
-    except (MisconfigurationException, TypeError, ValueError) as error:
+    except (MisconfigurationException, TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"This machine cannot run with these settings: {error} "
             "hardware=auto takes what there is."
@@ -119,12 +131,15 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
 
 
 def compile_network(
-    cfg: DictConfig, trainer: pl.Trainer, network: Supernet | FinalNetwork, product: str = ""
+    cfg: DictConfig,
+    trainer: pl.Trainer,
+    network: Supernet | FinalNetwork,
+    differentiated_twice: bool = False,
 ) -> None:
     """Have the network's operations compiled if the config asks for it, and if they can be."""
     if cfg.hardware.compile is None:
         return
-    if product == "exact":
+    if differentiated_twice:
         log.warning("What torch.compile makes is not differentiated twice: this runs uncompiled.")
         return
     device = trainer.strategy.root_device

@@ -20,6 +20,7 @@ from dartsl.files import CONFIG_FILE, whole_file
 from dartsl.genotype import GENOTYPE_FILE, Genotype
 from dartsl.search_space import SearchSpace, random_genotype
 from dartsl.sweep import load_result, natural
+from dartsl.terminal import print_command
 
 _LIKE_SIZE = 0.1  # of the parameters, by which a random cell's network may differ
 _MAX_DRAWS = 10_000
@@ -220,7 +221,7 @@ def report(
     if accuracies[ranking[0]] > accuracies[best]:
         print("A random cell did better than every cell found.")
     print(f"Genotype: {relative(folder / GENOTYPE_FILE)} (that of {best.name})")
-    print(f"Next:     {_next_command(cfg, folder / GENOTYPE_FILE)}")
+    print_command(_next_command(cfg, folder / GENOTYPE_FILE))
 
 
 def table_row(place: int, candidate: Candidate, accuracy: float) -> dict[str, Any]:

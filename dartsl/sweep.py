@@ -24,6 +24,7 @@ from dartsl.distributed import is_first_process
 from dartsl.errors import UserError
 from dartsl.files import RESULT_FILE, whole_file
 from dartsl.genotype import GENOTYPE_FILE
+from dartsl.terminal import print_command
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +203,8 @@ class SweepSummary(Callback):
         if is_first_process():
             mistake = find_mistake(error, ())
             sentence = str(mistake or "".join(traceback.format_exception_only(error)).strip())
-            failure.write_text(sentence + "\n", encoding="utf-8")
+            with whole_file(failure) as part:
+                part.write_text(sentence + "\n", encoding="utf-8")
             log.error(
                 "Job %s failed: %s", config.hydra.job.num, sentence,
                 exc_info=None if mistake else error,
@@ -217,9 +219,9 @@ class SweepSummary(Callback):
         if is_first_process():
             save_summary(config.hydra.sweep.dir, jobs)
             folder = relative(config.hydra.sweep.dir)
-            print("\n".join(["", f"Sweep:    {folder} ({len(jobs)} jobs)", *describe(jobs)]))
+            print("\n".join(["", f"Sweep: {folder} ({len(jobs)} jobs)", *describe(jobs)]))
             if any((job.folder / GENOTYPE_FILE).is_file() for job in jobs):
-                print(f"Next:     {_selection_command(config)}")
+                print_command(_selection_command(config))
         if failed:
             # Not an exception, which Hydra would turn into a warning.
             raise SystemExit(failure_message(failed, jobs))

@@ -5,6 +5,7 @@ A task takes the composed config and returns the number that a sweeper maximises
 
 import io
 import logging
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
@@ -52,7 +53,8 @@ def search(cfg: DictConfig) -> float | None:
     module = build(cfg.module)(supernet=supernet)
     cfg.ckpt_path = find_checkpoint(cfg)
     with running(cfg, run_as_other) as (trainer, data):
-        compile_network(cfg, trainer, module.supernet, getattr(module.hypergradient, "product", ""))
+        twice = getattr(module.hypergradient, "differentiates_twice", False)
+        compile_network(cfg, trainer, module.supernet, twice)
         trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
         leave_report(cfg.output_dir)
         if is_first_process():
@@ -315,5 +317,11 @@ def run(cfg: DictConfig) -> float | None:
     if cfg.task not in TASKS:
         raise unknown("task", cfg.task, TASKS)
     quiet = nullcontext() if is_first_process() else redirect_stdout(io.StringIO())
-    with quiet, finished_runs():
+    with quiet, finished_runs(), warnings.catch_warnings():
+        # Of Lightning 2.6 under torch 2.14 and later: nothing that a user can act on.
+        warnings.filterwarnings(
+            "ignore",
+            message=r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+            module=r"pytorch_lightning\.utilities\._pytree",
+        )
         return TASKS[cfg.task](cfg)

@@ -41,7 +41,7 @@ from dartsl.hypergradient import FirstOrder, Unrolled
 from dartsl.interop import official_state_dict
 from dartsl.modules import SearchModule, TrainModule
 from dartsl.networks import FinalNetwork, Supernet
-from dartsl.processes import RANK_VARIABLES, _free_port, processes
+from dartsl.processes import RANK_VARIABLES, processes
 from dartsl.search_space import SearchSpace
 
 ROOT = Path(__file__).parents[1]
@@ -217,12 +217,13 @@ def test_a_search_whose_processes_drift_apart_stops(tmp_path: Path) -> None:
 def exchange() -> None:
     """What average, average_gradients, broadcast and check_replicas do in two processes."""
     torch.set_num_threads(1)
-    torch.multiprocessing.start_processes(_exchange, (_free_port(),), 2, start_method="fork")
+    torch.multiprocessing.start_processes(
+        _exchange, (Path("met").resolve(),), 2, start_method="fork"
+    )
 
 
-def _exchange(rank: int, port: int) -> None:
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+def _exchange(rank: int, meeting_point: Path) -> None:
+    dist.init_process_group("gloo", init_method=meeting_point.as_uri(), rank=rank, world_size=2)
     # Types and memory layouts are kept.
     image = torch.full((2, 3, 4, 5), float(rank)).to(memory_format=torch.channels_last)
     number = torch.tensor([2.0 * rank], dtype=torch.float64)
@@ -299,8 +300,7 @@ def resume() -> None:
 
     def fit(name: str, processes: int, batch_size: int, *callbacks, **options: Any) -> None:
         callbacks = (Logged(f"{name}.pt"), FixedStatistics(), *callbacks)
-        # Lightning restores before it converts: a network of float32 would lose half of the bits.
-        module = make_module("first_order", num_classes=10).double()
+        module = make_module("first_order", num_classes=10)
         data = on_digits(batch_size, max_images=29)
         pl.seed_everything(0)
         make_trainer(processes, *callbacks).fit(module, data, weights_only=True, **options)
@@ -440,6 +440,9 @@ def launch(kind: str) -> None:
     module = make_module("first_order").double()
     failures = {"mistake": UserError("an unreadable image"), "bug": ZeroDivisionError()}
 
+    if kind == "early" and "LOCAL_RANK" in os.environ:
+        os._exit(3)
+
     def fail(*_: Any) -> None:
         if module.global_rank == 1 and kind in failures:
             raise failures[kind]
@@ -459,15 +462,16 @@ def launch(kind: str) -> None:
 
 @pytest.mark.slow
 def test_the_processes_of_a_run_end_with_it(tmp_path: Path) -> None:
-    """In turn: one that goes well, and two in which rank 1 fails."""
-    said = in_own_process("launch('fine'), launch('mistake'), launch('bug')", tmp_path)
+    """In turn: three in which rank 1 fails, one before the ranks have met; one that goes well."""
+    kinds = {"early": 3, "mistake": 1, "bug": 1, "fine": 0}
+    said = in_own_process(", ".join(f"launch({kind!r})" for kind in kinds), tmp_path)
     assert not (tmp_path / "fine-error.txt").exists()
-    for kind in ("mistake", "bug"):
+    for kind in ("early", "mistake", "bug"):
         error = (tmp_path / f"{kind}-error.txt").read_text()
-        assert error.startswith("The process of rank 1 stopped with status 1")
+        assert error.startswith(f"The process of rank 1 stopped with status {kinds[kind]}")
     assert "Error: an unreadable image" in said
     assert "ZeroDivisionError" in said
-    for kind in ("fine", "mistake", "bug"):
+    for kind in kinds:
         assert (tmp_path / f"{kind}.txt").read_text() == "['OMP_NUM_THREADS'] False"
 
 

@@ -7,6 +7,7 @@ import resource
 import shlex
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 import run
@@ -408,6 +409,20 @@ def test_a_debug_setting_has_the_last_word() -> None:
         assert compose("config", overrides).trainer.max_epochs == 1
 
 
+def test_a_warning_that_nobody_can_act_on(monkeypatch, recwarn: pytest.WarningsRecorder) -> None:
+    """Is not shown, whatever process runs a task: the workers of launchers do not run `run.py`."""
+
+    def warn(cfg: DictConfig) -> None:
+        for module in ("pytorch_lightning.utilities._pytree", "elsewhere"):
+            warnings.warn_explicit(
+                "`isinstance(treespec, LeafSpec)` is deprecated", FutureWarning, "x.py", 1, module
+            )
+
+    monkeypatch.setitem(tasks.TASKS, "warn", warn)
+    tasks.run(OmegaConf.create({"task": "warn"}))
+    assert len(recwarn) == 1
+
+
 # Mistakes
 
 # The command, and below it what the sentence says.
@@ -442,6 +457,28 @@ experiment=search_digits ckpt_path=last
     No checkpoint at
 experiment=search_digits supernet.chanels=3
     Unknown key of supernet 'chanels'. Did you mean 'channels'?
+experiment=search_digits +supernet.chanels=3
+    Unknown key of supernet 'chanels'. Did you mean 'channels'?
+experiment=search_digits +data.foo=3
+    Unknown key of data 'foo'. Choices
+experiment=search_digits +optimizer.schedule.foo=3
+    Unknown key of optimizer.schedule 'foo'. Choices
+experiment=search_digits hardware=[1,2]
+    A group takes a name, or a list of names
+experiment=search_digits trainer.max_epochs=0
+    trainer.max_epochs=0 trains nothing
+experiment=search_digits trainer.max_epochs=-1
+    trainer.max_epochs=-1 must be at least 1
+experiment=search_digits trainer.limit_train_batches=0.001
+    You requested to check 0.001 of the `train_dataloader`
+experiment=search_digits optimizer.schedule.final=-1
+    optimizer.schedule.final=-1 must be a number of at least 0
+experiment=search_digits data.std=[0]
+    mean=0.30545918 must be a number, and std=0.0 one above 0
+experiment=search_digits data.cutout_length=9999
+    cutout_length=9999 must be at most 1024
+experiment=search_digits optimizer.schedule.num_epochs=-1
+    optimizer.schedule.num_epochs=-1 must be at least 1
 experiment=search_digits supernet.channels=[
     Cannot read 'supernet.channels=['
 experiment=search_digits supernet.channels=0
@@ -460,6 +497,8 @@ experiment=search_digits optimizer.gradient_clip=0
     gradient_clip=0 must be above 0
 experiment=train_digits genotype=darts_v1 module.label_smoothing=2
     label_smoothing=2 must be from 0 to 1
+experiment=train_digits genotype=darts_v1 module.auxiliary_weight=nan
+    auxiliary_weight=nan must be a number of at least 0
 experiment=search_digits optimizer.weights.momentum=-1
     The optimizer of the weights refuses its settings: Invalid momentum value: -1
 experiment=search_digits trainer.devices=many
@@ -481,7 +520,9 @@ experiment=search_digits data.train_fraction=1
 experiment=search_digits seed=-1
     seed=-1 must be a whole number from 0 to
 experiment=search_digits threads=0
-    threads=0 must be a whole number of at least 1
+    threads=0 must be from 1 to 1024
+experiment=search_digits threads=99999999999999999999
+    threads=99999999999999999999 must be from 1 to 1024
 experiment=search_digits seed=x
     seed=x must be a whole number
 experiment=search_digits method=pc_darts supernet.channels=6

@@ -1,5 +1,6 @@
 """The data module that every image set shares: split, streams, loaders and checks."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -314,13 +315,20 @@ class ImageDataModule(LightningDataModule):
                 f"mean={list(self.mean)} and std={list(self.std)} must have one number for each of "
                 f"the {self.in_channels} channels."
             )
-        for name, least in (
-            ("seed", 0), ("batch_size", 1), ("num_workers", 0),
-            ("image_size", 2 if self.recipe == "imagenet" else 1),  # torch fails to resize to 1
-            ("crop_padding", 0), ("cutout_length", 0),
+        for mean, std in zip(self.mean, self.std, strict=True):
+            if not (math.isfinite(mean) and 0 < std < math.inf):
+                raise UserError(f"mean={mean} must be a number, and std={std} one above 0.")
+        smallest = 2 if self.recipe == "imagenet" else 1  # torch fails to resize to 1
+        for name, least, most in (
+            ("seed", 0, 2**64 - 1), ("batch_size", 1, math.inf), ("num_workers", 0, math.inf),
+            ("image_size", smallest, math.inf),
+            ("crop_padding", 0, 1024), ("cutout_length", 0, 1024),
         ):  # fmt: skip
-            if getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)} must be at least {least}.")
+            value = getattr(self, name)
+            if value < least:
+                raise UserError(f"{name}={value} must be at least {least}.")
+            if value > most:
+                raise UserError(f"{name}={value} must be at most {most}.")
         if self.max_images is not None and self.max_images < 2:
             raise UserError(f"max_images={self.max_images} must be at least 2, or null for all.")
 

@@ -3,6 +3,7 @@
 * Every random number of a step is a function of (seed, step).
 * The learning rate is a function of the epoch, set before each batch.
 * Epoch metrics are part of the state_dict.
+* What a checkpoint holds in float64 is restored in float64.
 * A checkpoint saved on an epoch's last batch still runs that epoch's validation and end, and one
   saved where max_steps ended a run within an epoch goes on with that epoch.
 * A checkpoint of another network ends in one sentence.
@@ -75,6 +76,10 @@ class ResumableModule(pl.LightningModule):
         self.finite_steps: list[FiniteSteps] = []  # of every optimizer, in their order
         self._checkpoint: dict[str, Any] = {}  # what on_fit_start takes from it
         self._epoch_end_pending = False
+
+    def setup(self, stage: str) -> None:
+        """Take the run's precision; Lightning does so only after it has restored a checkpoint."""
+        self.trainer.precision_plugin.convert_module(self)
 
     def weight_optimizer_groups(self) -> list[dict[str, Any]]:
         """Parameter groups of the optimizer that the schedule sets."""

@@ -58,6 +58,8 @@ class TrainModule(ResumableModule):
         ):
             if not 0 <= value <= 1:
                 raise UserError(f"{name}={value} must be from 0 to 1.")
+        if not 0 <= auxiliary_weight < math.inf:
+            raise UserError(f"auxiliary_weight={auxiliary_weight} must be a number of at least 0.")
         self.network = network
         self.optimizer = optimizer
         self.auxiliary_weight = auxiliary_weight

@@ -160,6 +160,16 @@ def check_logged_once(path: Path, whole: Rows, resumed: Rows) -> None:
     assert len(ends_resumed) == expected, path.stem
 
 
+@pytest.mark.parametrize("make", [search_module, train_module])
+def test_resume_in_float64(tmp_path: Path, make: Callable[[], pl.LightningModule]) -> None:
+    """Of networks that are built in float32."""
+    whole = run(make(), folder=tmp_path, precision="64-true")
+    assert next(whole[0].parameters()).dtype == torch.float64
+    for name in ("02-batch", "03-batch", "06-epoch"):
+        resumed = run(make(), ckpt_path=tmp_path / f"{name}.ckpt", precision="64-true")
+        assert_same_end(resumed, whole)
+
+
 @pytest.mark.parametrize("product", ["finite_difference", "exact"])
 def test_resume_of_the_unrolled_search(tmp_path: Path, product: Any) -> None:
     whole = run(search_module(Unrolled(product)), folder=tmp_path)
