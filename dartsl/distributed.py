@@ -7,11 +7,16 @@ nothing happens.
 
 from collections.abc import Iterable, Sequence
 
+import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from pytorch_lightning.plugins import LayerSync
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
+
+from dartsl.batch_norm import SynchronizedBatchNorm2d
+from dartsl.networks.merged import MergedBatchNorm
 
 
 class ReplicaStrategy(DDPStrategy):
@@ -22,10 +27,38 @@ class ReplicaStrategy(DDPStrategy):
     gradient. The modules call `average` instead.
     """
 
+    def setup(self, trainer: pl.Trainer) -> None:
+        """As Lightning does it, with a BatchNorm that is synchronized if the trainer says so."""
+        if self._layer_sync is not None:
+            self._layer_sync = SyncBatchNorm()
+        super().setup(trainer)
+
     def configure_ddp(self) -> None:
         """Begin with the weights and buffers of rank 0, and wrap nothing."""
         assert self.model is not None
         broadcast([*self.model.parameters(), *self.model.buffers()])
+
+
+class SyncBatchNorm(LayerSync):
+    """Has all BatchNorms of a module take the statistics of all processes' batches."""
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Synchronize the BatchNorms of `model`, in place."""
+        self._set(model, nn.BatchNorm2d, SynchronizedBatchNorm2d, True)
+        return model
+
+    def revert(self, model: nn.Module) -> nn.Module:
+        """Leave every process its own statistics again, in place."""
+        self._set(model, SynchronizedBatchNorm2d, nn.BatchNorm2d, False)
+        return model
+
+    @staticmethod
+    def _set(model: nn.Module, before: type, after: type, synchronized: bool) -> None:
+        for module in model.modules():
+            if type(module) is before:
+                module.__class__ = after
+            elif isinstance(module, MergedBatchNorm):
+                module.synchronized = synchronized
 
 
 def is_first_process() -> bool:

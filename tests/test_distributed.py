@@ -129,12 +129,14 @@ def make_trainer(processes: int, *callbacks: pl.Callback, **options: Any) -> pl.
 def train() -> None:
     """Two epochs of three steps of each kind; writes <kind>-<processes>.pt.
 
-    In 1, 2 and 3 processes with fixed statistics, and "own", in 2 with each one's own.
+    In 1, 2 and 3 processes with fixed statistics; those of the batch: in one process ("batch"), in
+    2 with each one's own ("own"), in 3 with the same in all ("same").
     """
-    for kind, name in itertools.product(KINDS, ("1", "2", "3", "own")):
-        own = name == "own"
-        callbacks = [AllRanks(f"{kind}-{name}.pt"), *([] if own else [FixedStatistics()])]
-        trainer = make_trainer(2 if own else int(name), *callbacks)
+    names = {"1": 1, "2": 2, "3": 3, "batch": 1, "own": 2, "same": 3}
+    for kind, (name, number) in itertools.product(KINDS, names.items()):
+        fixed = [FixedStatistics()] if name.isdigit() else []
+        keeper = AllRanks(f"{kind}-{name}.pt")
+        trainer = make_trainer(number, keeper, *fixed, sync_batchnorm=name == "same")
         trainer.fit(make_module(kind), DataLoader(Shares(kind != "train"), batch_size=None))
 
 
@@ -181,6 +183,19 @@ def test_processes_agree_bit_for_bit(kind: str, found: dict[str, torch.Tensor]) 
     first, second = found[f"{kind}-own"]
     assert torch.equal(first, second)
     assert not torch.equal(first, found[f"{kind}-2"][0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_the_statistics_of_all_batches_processes_find_what_one_finds(
+    kind: str, found: dict[str, torch.Tensor]
+) -> None:
+    """With normalisation in training mode."""
+    (alone,) = found[f"{kind}-batch"]
+    for rank in found[f"{kind}-same"]:
+        assert torch.equal(rank, found[f"{kind}-same"][0])
+        assert (rank - alone).abs().max() < 1e-10
+    assert (alone - found[f"{kind}-own"][0]).abs().max() > 1e-4
 
 
 def drift() -> None:

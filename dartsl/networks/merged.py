@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dartsl.batch_norm import batch_norm
 from dartsl.depthwise import DepthwiseConv2d
 from dartsl.native import copies as native
 from dartsl.operations import (
@@ -79,10 +80,12 @@ class MergedBatchNorm(nn.Module):
     Attributes:
         num_batches_tracked: int64 [k]; `Supernet` counts for all of them at once, since hundreds of
             tiny additions would take longer.
+        synchronized: whether the statistics are those of all processes' batches.
     """
 
     eps = 1e-5
     momentum = 0.1
+    synchronized = False
 
     def __init__(self, num_features: int, num_edges: int) -> None:
         super().__init__()
@@ -101,7 +104,7 @@ class MergedBatchNorm(nn.Module):
         Without affine parameters the place of BatchNorm's weight is free: an edge's architecture
         weight costs nothing there.
         """
-        normalized = F.batch_norm(
+        normalized = batch_norm(
             x,
             self.running_mean,
             self.running_var,
@@ -110,6 +113,7 @@ class MergedBatchNorm(nn.Module):
             self.training,
             self.momentum,
             self.eps,
+            self.synchronized,
         )
         return add(normalized, addend)
 
@@ -122,6 +126,9 @@ class MergedBatchNorm(nn.Module):
         rectify: bool = False,
     ) -> Tensor:
         """`self(pointwise(x), weight, addend)`, with a ReLU before the sum if `rectify`."""
+        if self.synchronized:
+            normalized = self(pointwise(x), weight)
+            return add(F.relu(normalized) if rectify else normalized, addend)
         return normalized_pointwise(
             x,
             pointwise.weight,
@@ -221,7 +228,9 @@ def normalized_pools(pools: Sequence[NormalizedPool], x: Tensor) -> list[Tensor]
     norms = [cast(MergedBatchNorm, norm) for _, norm in pools]
     maps = torch.cat([pool(x) for pool, _ in pools], dim=1)
     mean, var = maps.new_zeros(2, maps.shape[1], dtype=norms[0].running_mean.dtype).unbind()
-    normalized = F.batch_norm(maps, mean, var, training=True, momentum=1.0, eps=norms[0].eps)
+    normalized = batch_norm(
+        maps, mean, var, momentum=1.0, eps=norms[0].eps, synchronized=norms[0].synchronized
+    )
     running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
     by_edge = [statistic.view(-1, x.shape[1]) for statistic in running]
     batch = [*mean.split(x.shape[1]), *var.split(x.shape[1])]
