@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from dartsl.native.memory import keep_freed_memory  # noqa: E402
+
 Report = dict[str, Any]
 
 
@@ -43,7 +45,8 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def start(args: argparse.Namespace) -> None:
-    """Fix what every benchmark fixes."""
+    """Fix what every benchmark fixes, as a run does."""
+    keep_freed_memory()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
 

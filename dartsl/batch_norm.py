@@ -57,6 +57,7 @@ def batch_norm(
     return normalized.to(x.dtype)
 
 
+@torch.compiler.disable
 def _moments_over_processes(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and variance [C] of x [B, C, H, W] in all processes, and the number of pixels.
 
@@ -105,7 +106,8 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""
-        assert self.running_mean is not None and self.running_var is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         return batch_norm(

@@ -20,6 +20,7 @@ from dartsl.distributed import is_first_process
 from dartsl.environment import environment
 from dartsl.errors import UserError
 from dartsl.files import CONFIG_FILE, ENVIRONMENT_FILE, RESULT_FILE, whole_file
+from dartsl.native.memory import keep_freed_memory
 from dartsl.networks import FinalNetwork, Supernet
 from dartsl.networks.regions import compile_regions
 from dartsl.processes import processes
@@ -53,6 +54,7 @@ def prepare(cfg: DictConfig) -> None:
         )
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
+    keep_freed_memory()
     pl.seed_everything(cfg.seed, verbose=False)
 
 
