@@ -9,6 +9,7 @@ the gradients can be differentiated again (the exact product of `dartsl.hypergra
 need not be, and this machine has a compiler, the weight gradient is `dartsl.native`'s.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,8 +62,9 @@ class DepthwiseConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
         """`depthwise_conv2d` of x [B, C, H, W] and weight [C, 1, K, K]."""
-        ctx.save_for_backward(x, weight)
-        ctx.stride, ctx.dilation = stride, dilation
+        # An alpha step takes no gradients of the weights, for which alone x is kept.
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        ctx.shape, ctx.stride, ctx.dilation = x.shape, stride, dilation
         return _convolve(x, weight, stride, dilation)
 
     @staticmethod
@@ -70,20 +72,20 @@ class DepthwiseConvolution(torch.autograd.Function):
         """Gradients of x and weight, as far as they are wanted."""
         (gradient,) = gradients
         x, weight = ctx.saved_tensors
-        size = ctx.stride, ctx.dilation
-        # An alpha step takes no gradients of the weights.
+        steps = ctx.stride, ctx.dilation
+        x_wanted, weight_wanted, *_ = ctx.needs_input_grad
         return (
-            input_gradient(gradient, x, weight, *size) if ctx.needs_input_grad[0] else None,
-            weight_gradient(gradient, x, weight, *size) if ctx.needs_input_grad[1] else None,
+            input_gradient(gradient, ctx.shape, weight, *steps) if x_wanted else None,
+            weight_gradient(gradient, x, weight, *steps) if weight_wanted else None,
             None,
             None,
         )
 
 
 def input_gradient(
-    gradient: Tensor, x: Tensor, weight: Tensor, stride: int, dilation: int
+    gradient: Tensor, shape: Sequence[int], weight: Tensor, stride: int, dilation: int
 ) -> Tensor:
-    """Gradient of `x`, [B, C, H, W], from the gradient of the output.
+    """Gradient of the input, of shape [B, C, H, W], from the gradient of the output.
 
     At stride 1 it is the convolution of `gradient` with the kernel flipped in both axes:
     y[o] = sum_j w[j] x[o + j] gives dL/dx[i] = sum_j w[j] g[i - j].
@@ -91,6 +93,7 @@ def input_gradient(
     if stride == 1:
         convolve = DepthwiseConvolution.apply if torch.is_grad_enabled() else _convolve
         return convolve(gradient, weight.flip(2, 3), 1, dilation)
+    x = gradient.new_zeros(1).expand(shape)  # its values do not matter
     return _native_gradients(gradient, x, weight, stride, dilation, wanted=(True, False))[0]
 
 

@@ -15,7 +15,8 @@ int NAME(copies)(const Copies *s, const REAL *x, REAL *out) {
 }
 
 /* The sum of all copies' and readers' gradients, where x is positive. */
-int NAME(copies_backward)(const Copies *s, const REAL *out, REAL *gx, const REAL *const *gradients) {
+int NAME(copies_backward)(const Copies *s, const REAL *x, REAL *gx,
+                          const REAL *const *gradients) {
     int64_t width = s->copies * s->channels;
 #pragma omp parallel for num_threads((int)s->threads) schedule(static)
     for (int64_t p = 0; p < s->pixels; p++) {
@@ -25,7 +26,8 @@ int NAME(copies_backward)(const Copies *s, const REAL *out, REAL *gx, const REAL
             for (int64_t k = 0; k < s->copies; k++)
                 for (int64_t c = 0; c < s->channels; c++)
                     to[c] += gradients[r][p * width + k * s->channels + c];
-        for (int64_t c = 0; c < s->channels; c++) to[c] = out[p * width + c] <= 0 ? 0 : to[c];
+        for (int64_t c = 0; c < s->channels; c++)
+            if (x[p * s->channels + c] <= 0) to[c] = 0;
     }
     return 0;
 }

@@ -13,7 +13,7 @@ from dartsl.native import build
 FORWARD = "dartsl::rectified_copies"
 torch.library.define(FORWARD, "(Tensor x, int copies) -> Tensor")
 BACKWARD = "dartsl::rectified_copies_backward"
-torch.library.define(BACKWARD, "(Tensor[] gradients, Tensor output, int copies) -> Tensor")
+torch.library.define(BACKWARD, "(Tensor[] gradients, Tensor x, int copies) -> Tensor")
 
 
 def can_copy(x: Tensor) -> bool:
@@ -26,15 +26,15 @@ def rectified_copies(x: Tensor, copies: int) -> Tensor:
     return torch.ops.dartsl.rectified_copies(x, copies)
 
 
-def rectified_copies_backward(gradients: Sequence[Tensor], output: Tensor, copies: int) -> Tensor:
+def rectified_copies_backward(gradients: Sequence[Tensor], x: Tensor, copies: int) -> Tensor:
     """Gradient of x, [B, C, H, W].
 
     Args:
         gradients: of the output, [B, k C, H, W], of everything that reads it.
-        output: what `rectified_copies` returned.
+        x: what was copied.
         copies: k.
     """
-    return torch.ops.dartsl.rectified_copies_backward(gradients, output, copies)
+    return torch.ops.dartsl.rectified_copies_backward(gradients, x, copies)
 
 
 @torch.library.impl(FORWARD, "CPU")
@@ -51,17 +51,18 @@ def _fake_forward(x: Tensor, copies: int) -> Tensor:
 
 
 @torch.library.impl(BACKWARD, "CPU")
-def _backward(gradients: Sequence[Tensor], output: Tensor, copies: int) -> Tensor:
-    found = _fake_backward(gradients, output, copies)
+def _backward(gradients: Sequence[Tensor], x: Tensor, copies: int) -> Tensor:
+    found = _fake_backward(gradients, x, copies)
+    x = x.contiguous(memory_format=torch.channels_last)
     dense = [tensor.contiguous(memory_format=torch.channels_last) for tensor in gradients]
     sizes = _sizes(found, copies, len(dense))
-    build.call("copies_backward", found.dtype, sizes, output, found, dense)
+    build.call("copies_backward", found.dtype, sizes, x, found, dense)
     return found
 
 
 @torch.library.register_fake(BACKWARD)
-def _fake_backward(gradients: Sequence[Tensor], output: Tensor, copies: int) -> Tensor:
-    return _map(output, output.shape[1] // copies)
+def _fake_backward(gradients: Sequence[Tensor], x: Tensor, copies: int) -> Tensor:
+    return _map(x, x.shape[1])
 
 
 def _map(like: Tensor, channels: int) -> Tensor:

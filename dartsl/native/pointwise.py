@@ -19,8 +19,8 @@ torch.library.define(
 BACKWARD = "dartsl::normalized_pointwise_backward"
 torch.library.define(
     BACKWARD,
-    "(Tensor gradient, Tensor x, Tensor weight, Tensor? scale, Tensor y, Tensor statistics,"
-    " bool rectify, bool[] wanted) -> (Tensor, Tensor, Tensor)",
+    "(Tensor gradient, Tensor? x, Tensor weight, Tensor? scale, Tensor y, Tensor statistics,"
+    " int groups, bool rectify, bool[] wanted) -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -62,11 +62,12 @@ def normalized_pointwise(
 
 def normalized_pointwise_backward(
     gradient: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor,
     scale: Tensor | None,
     y: Tensor,
     statistics: Tensor,
+    groups: int,
     rectify: bool,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,16 +75,18 @@ def normalized_pointwise_backward(
 
     Args:
         gradient: of the output, [B, G O, H, W].
-        x: as it was given to `normalized_pointwise`, and so are weight, scale and rectify.
+        x: as it was given to `normalized_pointwise`, and so are weight, scale and rectify; None
+            where the gradient of weight is not wanted.
         weight: of the convolution.
         scale: of the BatchNorm.
         y: what `normalized_pointwise` returned, and so are the statistics.
         statistics: of y.
+        groups: G.
         rectify: whether there was a ReLU.
         wanted: whether the gradient is, for x, weight and scale.
     """
     return torch.ops.dartsl.normalized_pointwise_backward(
-        gradient, x, weight, scale, y, statistics, rectify, wanted
+        gradient, x, weight, scale, y, statistics, groups, rectify, wanted
     )
 
 
@@ -98,7 +101,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     output, y, statistics = found = _fake_forward(x, weight, scale, addend, eps, rectify)
     given = (_dense(tensor) for tensor in (x, weight, scale, addend))
-    sizes = _sizes(x, weight, rectify)
+    sizes = _sizes(y, weight, x.shape[1] // weight.shape[1], rectify)
     build.call("pointwise", x.dtype, sizes, eps, *given, y, output, statistics)
     return found
 
@@ -124,20 +127,21 @@ def _fake_forward(
 @torch.library.impl(BACKWARD, "CPU")
 def _backward(
     gradient: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor,
     scale: Tensor | None,
     y: Tensor,
     statistics: Tensor,
+    groups: int,
     rectify: bool,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     given = gradient, x, weight, scale, y, statistics
-    found = _fake_backward(*given, rectify, wanted)
+    found = _fake_backward(*given, groups, rectify, wanted)
     build.call(
         "pointwise_backward",
-        x.dtype,
-        _sizes(x, weight, rectify),
+        y.dtype,
+        _sizes(y, weight, groups, rectify),
         *(_dense(tensor) for tensor in given),
         *(tensor if want else None for tensor, want in zip(found, wanted, strict=True)),
     )
@@ -147,25 +151,30 @@ def _backward(
 @torch.library.register_fake(BACKWARD)
 def _fake_backward(
     gradient: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor,
     scale: Tensor | None,
     y: Tensor,
     statistics: Tensor,
+    groups: int,
     rectify: bool,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    of = x, weight, statistics[0]  # a scale has a number a channel, as the mean has
+    shapes = (y.shape[0], groups * weight.shape[1], *y.shape[2:]), weight.shape, weight.shape[:1]
     return tuple(
-        torch.empty_like(_dense(tensor)) if want else tensor.new_empty(0)
-        for tensor, want in zip(of, wanted, strict=True)
+        torch.empty(
+            shape if want else 0,
+            dtype=y.dtype,
+            device=y.device,
+            memory_format=torch.channels_last if want and len(shape) == 4 else None,
+        )
+        for shape, want in zip(shapes, wanted, strict=True)
     )
 
 
-def _sizes(x: Tensor, weight: Tensor, rectify: bool) -> tuple[int, ...]:
+def _sizes(y: Tensor, weight: Tensor, groups: int, rectify: bool) -> tuple[int, ...]:
     channels, inputs = weight.shape[:2]
-    groups = x.shape[1] // inputs
-    return x.numel() // x.shape[1], groups, inputs, channels // groups, int(rectify)
+    return y.numel() // channels, groups, inputs, channels // groups, int(rectify)
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:

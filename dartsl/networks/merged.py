@@ -29,7 +29,7 @@ from dartsl.operations import (
     Zero,
     shifted,
 )
-from dartsl.pointwise import is_pointwise, normalized_pointwise
+from dartsl.pointwise import can_normalize, is_pointwise, normalized_pointwise
 
 Pool = nn.MaxPool2d | nn.AvgPool2d
 CHAIN_LAYERS = (nn.ReLU, nn.Conv2d, DepthwiseConv2d, nn.BatchNorm2d)
@@ -55,23 +55,22 @@ class RectifiedCopies(torch.autograd.Function):
         """[B, C, H, W] -> `readers` times the same [B, copies * C, H, W]."""
         output = native.rectified_copies(x, copies)
         ctx.copies = copies
-        ctx.save_for_backward(output)
+        ctx.save_for_backward(x)
         ctx.set_materialize_grads(False)
         return tuple(output.view_as(output) for _ in range(readers))
 
     @staticmethod
     def backward(ctx: Any, *of_readers: Tensor | None) -> tuple[Tensor | None, None, None]:
         """The sum of the gradients of all copies and readers, where x is positive."""
-        (output,) = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
         gradients = [gradient for gradient in of_readers if gradient is not None]
         if not gradients:
             return None, None, None
         if not torch.is_grad_enabled():
-            found = native.rectified_copies_backward(gradients, output, ctx.copies)
+            found = native.rectified_copies_backward(gradients, x, ctx.copies)
             return found, None, None
         parts = [part for gradient in gradients for part in gradient.chunk(ctx.copies, dim=1)]
-        positive = output[:, : parts[0].shape[1]] > 0
-        return torch.stack(parts).sum(dim=0) * positive, None, None
+        return torch.stack(parts).sum(dim=0) * (x > 0), None, None
 
 
 class MergedBatchNorm(nn.Module):
@@ -126,7 +125,7 @@ class MergedBatchNorm(nn.Module):
         rectify: bool = False,
     ) -> Tensor:
         """`self(pointwise(x), weight, addend)`, with a ReLU before the sum if `rectify`."""
-        if self.synchronized:
+        if not self.training or self.synchronized or not can_normalize(x, pointwise):
             normalized = self(pointwise(x), weight)
             return add(F.relu(normalized) if rectify else normalized, addend)
         return normalized_pointwise(
@@ -135,11 +134,10 @@ class MergedBatchNorm(nn.Module):
             self.running_mean,
             self.running_var,
             weight,
-            self.training,
+            addend,
             self.momentum,
             self.eps,
             rectify,
-            addend,
         )
 
 
