@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dartsl import depthwise, native
+from dartsl import depthwise
+from dartsl.native import build
+from dartsl.native import depthwise as native
 
-needs_compiler = pytest.mark.skipif(not native.is_built(), reason="no C compiler on this machine")
+needs_compiler = pytest.mark.skipif(not build.is_built(), reason="no C compiler on this machine")
 ROOT = Path(__file__).parents[1]
 
 
@@ -21,12 +23,12 @@ ROOT = Path(__file__).parents[1]
 def fresh(monkeypatch, tmp_path) -> Path:
     """A machine that has built nothing yet; its cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native.library.cache_clear()
-    native._cache.cache_clear()
+    build.library.cache_clear()
+    build._cache.cache_clear()
     yield tmp_path / "dartsl"
     monkeypatch.undo()
-    native.library.cache_clear()
-    native._cache.cache_clear()
+    build.library.cache_clear()
+    build._cache.cache_clear()
 
 
 def convolution(kernel: int, channels: int, size: tuple[int, int], stride: int, dilation: int):
@@ -95,12 +97,12 @@ def test_it_is_used_where_nothing_is_differentiated_twice(monkeypatch) -> None:
 
 @needs_compiler
 def test_it_is_built_once(fresh, monkeypatch) -> None:
-    assert native.library() is not None
+    assert build.library() is not None
     (built,) = fresh.iterdir()
     assert built.suffix == ".so"
-    native.library.cache_clear()
+    build.library.cache_clear()
     monkeypatch.setattr(subprocess, "run", None)  # it would fail
-    assert native.library() is not None
+    assert build.library() is not None
 
 
 @pytest.mark.parametrize("problem", ["switched off", "no compiler", "fails", "not whole"])
@@ -117,7 +119,7 @@ def test_without_it_the_gradient_is_the_same(fresh, monkeypatch, tmp_path, probl
         )
         compiler.chmod(0o755)
         monkeypatch.setenv("CC", str(compiler))
-    assert native.library() is None
+    assert build.library() is None
     x, weight, gradient, expected = convolution(5, 3, (6, 6), 1, 2)
     assert not native.can_weigh(x, weight)
     with torch.no_grad():
@@ -128,13 +130,13 @@ def test_without_it_the_gradient_is_the_same(fresh, monkeypatch, tmp_path, probl
 @needs_compiler
 def test_a_home_that_cannot_be_written_is_done_without(fresh, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
-    assert native.library() is not None
+    assert build.library() is not None
 
 
 @needs_compiler
 @pytest.mark.slow
 def test_several_processes_build_it_at_once(tmp_path) -> None:
-    command = "from dartsl import native; assert native.library() is not None"
+    command = "from dartsl.native import build; assert build.library() is not None"
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     running = [
         subprocess.Popen([sys.executable, "-c", command], cwd=ROOT, env=environment)
