@@ -56,7 +56,8 @@ def normalized_pointwise(
         [B, G O, H, W].
     """
     # Autocast chooses a precision for each of the operations.
-    if training and not torch.is_autocast_enabled("cpu") and native.can_normalize(x, weight):
+    alone = training and not torch.is_autocast_enabled("cpu")
+    if alone and native.can_normalize(x, weight, scale, addend):
         output, statistics = NormalizedPointwise.apply(x, weight, scale, addend, eps, rectify)
         mean, _, var = statistics.unbind()
         torch._foreach_lerp_([running_mean, running_var], [mean, var], momentum)

@@ -24,13 +24,22 @@ torch.library.define(
 )
 
 
-def can_normalize(x: Tensor, weight: Tensor) -> bool:
-    """Whether `normalized_pointwise` takes x [B, G I, H, W] and weight [G O, I, 1, 1] here."""
+def can_normalize(
+    x: Tensor, weight: Tensor, scale: Tensor | None, addend: Tensor | None
+) -> bool:
+    """Whether `normalized_pointwise` takes them here.
+
+    It takes nothing that does not fit together; PyTorch's functions do, or say what is wrong.
+    """
+    given = [tensor for tensor in (x, weight, scale, addend) if tensor is not None]
     return (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype
+        all(tensor.device.type == "cpu" and tensor.dtype == x.dtype for tensor in given)
         and x.dtype in build.SUFFIXES
-        and x.numel() > x.shape[1]  # PyTorch says why one pixel cannot be normalized
+        and x.numel() > x.shape[1]  # one pixel cannot be normalized
+        and x.shape[1] % weight.shape[1] == 0
+        and weight.shape[0] % (x.shape[1] // weight.shape[1]) == 0
+        and (scale is None or scale.shape == weight.shape[:1])
+        and (addend is None or addend.shape == (x.shape[0], weight.shape[0], *x.shape[2:]))
         and build.is_built()
     )
 
@@ -155,10 +164,11 @@ def _fake_backward(
     rectify: bool,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    of = x, weight, statistics[0]  # a scale has a number a channel, as the mean has
+    dense, plain = torch.channels_last, torch.contiguous_format
+    of = (x, dense), (weight, plain), (statistics[0], plain)  # a scale is as large as the mean
     return tuple(
-        torch.empty_like(_dense(tensor)) if want else tensor.new_empty(0)
-        for tensor, want in zip(of, wanted, strict=True)
+        torch.empty_like(tensor, memory_format=layout) if want else tensor.new_empty(0)
+        for (tensor, layout), want in zip(of, wanted, strict=True)
     )
 
 

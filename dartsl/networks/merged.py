@@ -69,8 +69,8 @@ class RectifiedCopies(torch.autograd.Function):
             found = native.rectified_copies_backward(gradients, output, ctx.copies)
             return found, None, None
         parts = [part for gradient in gradients for part in gradient.chunk(ctx.copies, dim=1)]
-        positive = output[:, : parts[0].shape[1]] > 0
-        return torch.stack(parts).sum(dim=0) * positive, None, None
+        blocked = output[:, : parts[0].shape[1]] <= 0
+        return torch.stack(parts).sum(dim=0).masked_fill(blocked, 0), None, None
 
 
 class MergedBatchNorm(nn.Module):
