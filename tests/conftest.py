@@ -34,12 +34,6 @@ def native_code(request, monkeypatch) -> None:
         monkeypatch.setattr(build, "library", lambda: loaded)
 
 
-@pytest.fixture
-def no_native_code(monkeypatch) -> None:
-    """A machine without a compiler."""
-    monkeypatch.setattr(build, "is_built", lambda: False)
-
-
 @functools.cache
 def strictly_compiled(flags: tuple[str, ...]) -> ctypes.CDLL:
     """The C code with other flags, without a warning."""

@@ -47,7 +47,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
-@needs_compiler
+@pytest.mark.usefixtures("native_code")
 @pytest.mark.parametrize("channels", [1, 3, 8, 20])
 @pytest.mark.parametrize("kernel", [3, 5, 7])
 def test_the_gradient_is_pytorchs(kernel, channels) -> None:

@@ -224,6 +224,28 @@ def test_an_input_that_is_made_of_another() -> None:
     assert_close(second(ours), second(reference), 1e-11)
 
 
+class Ends(torch.autograd.Function):
+    """What gives no gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> None:
+        return None
+
+
+@needs_compiler
+def test_an_output_that_nobody_differentiates() -> None:
+    x, weight, *_ = arguments(*SMALL[0])
+    _, of_batch = pointwise.NormalizedPointwise.apply(x, weight, None, None, 1e-5, False)
+    assert not of_batch.requires_grad
+    assert torch.autograd.grad(
+        Ends.apply(ours(x, weight)).sum(), (x, weight), allow_unused=True
+    ) == (None, None)
+
+
 def test_one_pixel_cannot_be_normalized() -> None:
     x, weight, *_ = arguments(1, 3, 2, 1, (1, 1))
     with pytest.raises(ValueError, match="more than 1 value per channel"):

@@ -24,9 +24,7 @@ torch.library.define(
 )
 
 
-def can_normalize(
-    x: Tensor, weight: Tensor, scale: Tensor | None, addend: Tensor | None
-) -> bool:
+def can_normalize(x: Tensor, weight: Tensor, scale: Tensor | None, addend: Tensor | None) -> bool:
     """Whether `normalized_pointwise` takes them here.
 
     It takes nothing that does not fit together; PyTorch's functions do, or say what is wrong.
