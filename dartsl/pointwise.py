@@ -7,7 +7,7 @@ A CPU waits for its memory, and one after the other they pass over their maps ma
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dartsl.native import pointwise as native
 
 
-def is_pointwise(layer: nn.Module) -> bool:
+def is_pointwise(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Whether it is a convolution of single pixels, without bias and stride."""
     return (
         isinstance(layer, nn.Conv2d)
@@ -26,11 +26,11 @@ def is_pointwise(layer: nn.Module) -> bool:
     )
 
 
-def can_normalize(x: Tensor, convolution: nn.Conv2d) -> bool:
-    """Whether `normalized_pointwise` takes x [B, G I, H, W] and this convolution's weight."""
+def can_normalize(x: Tensor, weight: Tensor, scale: Tensor | None, addend: Tensor | None) -> bool:
+    """Whether `normalized_pointwise` takes these here."""
     # Autocast chooses a precision for each of the operations.
     autocast = torch.is_autocast_enabled("cpu")
-    return not autocast and native.can_normalize(x, convolution.weight)
+    return not autocast and native.can_normalize(x, weight, scale, addend)
 
 
 def normalized_pointwise(

@@ -1,6 +1,45 @@
 """What all tests share."""
 
+import ctypes
+import functools
+import os
+import platform
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
 import torch
+
+from dartsl.native import build
 
 # The networks of the tests are tiny: more threads would only wait for each other.
 torch.set_num_threads(1)
+
+# Bytes of a vector, the flags that ask for them, and what a processor that has them says.
+VECTORS = {16: ((), ""), 32: (("-mavx2", "-mfma"), "avx2"), 64: (("-mavx512f",), "avx512f")}
+
+
+@pytest.fixture(params=["as it is built", *VECTORS])
+def native_code(request, monkeypatch) -> None:
+    """The C code as this machine builds it, and as machines with other registers do."""
+    if not build.is_built():
+        pytest.skip("no C compiler on this machine")
+    if request.param in VECTORS:
+        flags, needed = VECTORS[request.param]
+        cpu = Path("/proc/cpuinfo")
+        if platform.machine() != "x86_64" or not cpu.exists() or needed not in cpu.read_text():
+            pytest.skip(f"no vectors of {request.param} bytes on this machine")
+        loaded = compiled(flags)
+        monkeypatch.setattr(build, "library", lambda: loaded)
+
+
+@functools.cache
+def compiled(flags: tuple[str, ...]) -> ctypes.CDLL:
+    """The C code with other flags."""
+    compiler = os.environ.get("CC", "cc")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernels.so"
+        command = [compiler, "-O3", "-shared", "-fPIC", *flags, "-o", str(path)]
+        subprocess.run([*command, str(build.SOURCE), "-lm"], check=True)
+        return ctypes.CDLL(str(path))

@@ -27,6 +27,7 @@ from dartsl.hypergradient import (
     sgd_direction,
     virtual_weights,
 )
+from dartsl.native import build as native
 from dartsl.networks import Supernet
 from dartsl.search_space import SearchSpace
 
@@ -143,17 +144,25 @@ class SmoothNetwork(nn.Module):
         return [p for name, p in self.named_parameters() if name != "alpha"]
 
 
-def smooth_supernet(monkeypatch) -> Supernet:
-    monkeypatch.setattr(F, "relu", lambda x, inplace=False: F.softplus(x))
+def supernet() -> Supernet:
     space = SearchSpace(("none", "avg_pool_3x3", "skip_connect", "sep_conv_3x3"), 2)
     # Three cells are the fewest with a normal one: of two, both reduce.
     return Supernet(space, channels=2, num_cells=3, num_classes=3, in_channels=2).double()
 
 
+def smooth_supernet(monkeypatch) -> Supernet:
+    monkeypatch.setattr(F, "relu", lambda x, inplace=False: F.softplus(x))
+    monkeypatch.setattr(native, "is_built", lambda: False)  # its ReLU would be one
+    return supernet()
+
+
 def build(kind: str, monkeypatch) -> tuple[nn.Module, torch.optim.SGD, Tensor, Tensor]:
-    """A smooth network, its optimizer after one step (so with momentum), images and labels."""
+    """A network, its optimizer after one step (so with momentum), images and labels."""
     torch.manual_seed(3)
-    network = SmoothNetwork().double() if kind == "small" else smooth_supernet(monkeypatch)
+    if kind == "small":
+        network = SmoothNetwork().double()
+    else:
+        network = supernet() if kind == "with ReLUs" else smooth_supernet(monkeypatch)
     optimizer = torch.optim.SGD(
         network.weight_parameters(), lr=0.1, momentum=0.9, weight_decay=0.01
     )
@@ -198,13 +207,22 @@ def distance(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
-@pytest.mark.parametrize("kind", ["small", "supernet"])
+@pytest.mark.parametrize("kind", ["small", "supernet", "with ReLUs"])
 @pytest.mark.parametrize("xi", [0.025, 0.5])
 def test_exact_is_double_backward_through_the_virtual_step(kind, xi, monkeypatch) -> None:
     parts = build(kind, monkeypatch)
     expected = through_the_virtual_step(*parts, xi)
     actual = Unrolled("exact")(problem_of(*parts, xi=xi))
     assert distance(actual, expected) < 1e-12
+
+
+def test_exact_is_the_same_without_the_c_code(monkeypatch) -> None:
+    if not native.is_built():
+        pytest.skip("no C compiler on this machine")
+    found = Unrolled("exact")(problem_of(*build("with ReLUs", monkeypatch), xi=0.5))
+    monkeypatch.setattr(native, "is_built", lambda: False)
+    expected = Unrolled("exact")(problem_of(*build("with ReLUs", monkeypatch), xi=0.5))
+    assert distance(found, expected) < 1e-10
 
 
 @pytest.mark.parametrize("kind", ["small", "supernet"])

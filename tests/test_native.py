@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dartsl import depthwise, native
+from dartsl import depthwise
+from dartsl.native import build
+from dartsl.native import depthwise as native
 
-needs_compiler = pytest.mark.skipif(not native.is_built(), reason="no C compiler on this machine")
+needs_compiler = pytest.mark.skipif(not build.is_built(), reason="no C compiler on this machine")
 ROOT = Path(__file__).parents[1]
 
 
@@ -21,12 +24,12 @@ ROOT = Path(__file__).parents[1]
 def fresh(monkeypatch, tmp_path) -> Path:
     """A machine that has built nothing yet; its cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native.library.cache_clear()
-    native._cache.cache_clear()
+    build.library.cache_clear()
+    build._cache.cache_clear()
     yield tmp_path / "dartsl"
     monkeypatch.undo()
-    native.library.cache_clear()
-    native._cache.cache_clear()
+    build.library.cache_clear()
+    build._cache.cache_clear()
 
 
 def convolution(kernel: int, channels: int, size: tuple[int, int], stride: int, dilation: int):
@@ -45,7 +48,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
-@needs_compiler
+@pytest.mark.usefixtures("native_code")
 @pytest.mark.parametrize("channels", [1, 3, 8, 20])
 @pytest.mark.parametrize("kernel", [3, 5, 7])
 def test_the_gradient_is_pytorchs(kernel, channels) -> None:
@@ -95,12 +98,12 @@ def test_it_is_used_where_nothing_is_differentiated_twice(monkeypatch) -> None:
 
 @needs_compiler
 def test_it_is_built_once(fresh, monkeypatch) -> None:
-    assert native.library() is not None
+    assert build.library() is not None
     (built,) = fresh.iterdir()
     assert built.suffix == ".so"
-    native.library.cache_clear()
+    build.library.cache_clear()
     monkeypatch.setattr(subprocess, "run", None)  # it would fail
-    assert native.library() is not None
+    assert build.library() is not None
 
 
 @pytest.mark.parametrize("problem", ["switched off", "no compiler", "fails", "not whole"])
@@ -117,7 +120,7 @@ def test_without_it_the_gradient_is_the_same(fresh, monkeypatch, tmp_path, probl
         )
         compiler.chmod(0o755)
         monkeypatch.setenv("CC", str(compiler))
-    assert native.library() is None
+    assert build.library() is None
     x, weight, gradient, expected = convolution(5, 3, (6, 6), 1, 2)
     assert not native.can_weigh(x, weight)
     with torch.no_grad():
@@ -128,13 +131,13 @@ def test_without_it_the_gradient_is_the_same(fresh, monkeypatch, tmp_path, probl
 @needs_compiler
 def test_a_home_that_cannot_be_written_is_done_without(fresh, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
-    assert native.library() is not None
+    assert build.library() is not None
 
 
 @needs_compiler
 @pytest.mark.slow
 def test_several_processes_build_it_at_once(tmp_path) -> None:
-    command = "from dartsl import native; assert native.library() is not None"
+    command = "from dartsl.native import build; assert build.library() is not None"
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     running = [
         subprocess.Popen([sys.executable, "-c", command], cwd=ROOT, env=environment)
@@ -142,3 +145,24 @@ def test_several_processes_build_it_at_once(tmp_path) -> None:
     ]
     assert [process.wait(120) for process in running] == [0, 0]
     assert len(list((tmp_path / "dartsl").iterdir())) == 1
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_memory_that_is_freed_is_kept() -> None:
+    """Pages that are mapped anew are counted by the system as minor faults."""
+    code = """
+import resource, torch
+from dartsl.native.memory import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    maps = [torch.ones(2**20) for _ in range(40)]
+    del maps
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+keep_freed_memory()
+print(faults(), faults(), faults())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    first, *others = map(int, done.stdout.split())
+    assert max(others) < 100 < first

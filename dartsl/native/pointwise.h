@@ -67,17 +67,19 @@ static void NAME(add_moments)(int64_t n, int64_t channels, const REAL *y, double
                               double *means, double *squares) {
     for (int64_t c = 0; c < channels; c += WIDTH) {
         int64_t width = least(channels - c, WIDTH);
-        REAL mean[WIDTH] = {0}, square[WIDTH] = {0};
+        REAL mean[WIDTH] = {0}, rest[WIDTH] = {0}, square[WIDTH] = {0};
         for (int64_t p = 0; p < n; p++)
             for (int64_t l = 0; l < width; l++) mean[l] += y[p * channels + c + l];
         for (int64_t l = 0; l < width; l++) mean[l] /= (REAL)n;
         for (int64_t p = 0; p < n; p++)
             for (int64_t l = 0; l < width; l++) {
                 REAL deviation = y[p * channels + c + l] - mean[l];
+                rest[l] += deviation; /* 0 but for the rounding of the mean */
                 square[l] += deviation * deviation;
             }
         for (int64_t l = 0; l < width; l++)
-            join(means + c + l, squares + c + l, before, mean[l], square[l], (double)n);
+            join(means + c + l, squares + c + l, before,
+                 (double)mean[l] + (double)rest[l] / (double)n, (double)square[l], (double)n);
     }
 }
 
@@ -112,45 +114,52 @@ static void NAME(normalize)(const Pointwise *s, int64_t begin, int64_t end, cons
     }
 }
 
+/* The statistics [3, C] of y from the moments of the parts, mean and squares [2, C] each. */
+static void NAME(summarize)(const Pointwise *s, double eps, const double *moments,
+                            REAL *statistics) {
+    int64_t channels = s->groups * s->outputs, pixels = s->pixels, parts = parts_of(pixels);
+    for (int64_t c = 0; c < channels; c++) {
+        double mean = 0, squares = 0;
+        for (int64_t part = 0; part < parts; part++) {
+            const double *of_part = moments + part * 2 * channels + c;
+            double before = (double)begin_of(part, parts, pixels);
+            double n = (double)begin_of(part + 1, parts, pixels) - before;
+            join(&mean, &squares, before, of_part[0], of_part[channels], n);
+        }
+        statistics[c] = (REAL)mean;
+        statistics[channels + c] = (REAL)(1 / sqrt(squares / (double)pixels + eps));
+        statistics[2 * channels + c] = (REAL)(squares / (double)(pixels - 1));
+    }
+}
+
 /* y, out [P, C]; statistics [3, C]: mean, 1 / sqrt(var + eps), variance without bias. scale [C] and
  * addend [P, C] may be NULL. */
 int NAME(pointwise)(const Pointwise *s, double eps, const REAL *x, const REAL *weight,
                     const REAL *scale, const REAL *addend, REAL *y, REAL *out,
                     REAL *statistics) {
-    int64_t channels = s->groups * s->outputs, size = channels * s->inputs;
+    int64_t inputs = s->inputs, outputs = s->outputs, channels = s->groups * outputs;
     int64_t pixels = s->pixels, parts = parts_of(pixels), real = sizeof(REAL);
-    REAL *turned = zeros(size * real), *factor = zeros(channels * real);
-    REAL *shift = zeros(channels * real);
+    REAL *turned = zeros(channels * inputs * real), *factor = zeros(2 * channels * real);
     double *moments = zeros(parts * 2 * channels * (int64_t)sizeof(double));
-    REAL *mean = statistics, *inverse_std = mean + channels, *variance = inverse_std + channels;
-    int failed = !turned || !factor || !shift || !moments;
-    for (int64_t c = 0; c < channels && !failed; c++)
-        for (int64_t i = 0; i < s->inputs; i++)
-            turned[(c / s->outputs * s->inputs + i) * s->outputs + c % s->outputs] =
-                weight[c * s->inputs + i];
+    int failed = !turned || !factor || !moments;
+    if (!failed) {
+        REAL *shift = factor + channels;
+        for (int64_t c = 0; c < channels; c++)
+            for (int64_t i = 0; i < inputs; i++)
+                turned[(c / outputs * inputs + i) * outputs + c % outputs] = weight[c * inputs + i];
 #pragma omp parallel for num_threads((int)s->threads) schedule(static)
-    for (int64_t part = 0; part < (failed ? 0 : parts); part++)
-        NAME(convolve)(s, begin_of(part, parts, pixels), begin_of(part + 1, parts, pixels), x,
-                       turned, y, moments + part * 2 * channels,
-                       moments + (part * 2 + 1) * channels);
-    for (int64_t c = 0; c < channels && !failed; c++) {
-        double average = 0, squares = 0;
-        for (int64_t part = 0; part < parts; part++) {
-            double before = (double)begin_of(part, parts, pixels);
-            double n = (double)begin_of(part + 1, parts, pixels) - before;
-            join(&average, &squares, before, moments[part * 2 * channels + c],
-                 moments[(part * 2 + 1) * channels + c], n);
-        }
-        mean[c] = (REAL)average;
-        inverse_std[c] = (REAL)(1 / sqrt(squares / (double)pixels + eps));
-        variance[c] = (REAL)(squares / (double)(pixels - 1));
+        for (int64_t part = 0; part < parts; part++)
+            NAME(convolve)(s, begin_of(part, parts, pixels), begin_of(part + 1, parts, pixels), x,
+                           turned, y, moments + part * 2 * channels,
+                           moments + (part * 2 + 1) * channels);
+        NAME(summarize)(s, eps, moments, statistics);
+        NAME(affine)(channels, statistics, statistics + channels, scale, factor, shift);
+#pragma omp parallel for num_threads((int)s->threads) schedule(static)
+        for (int64_t part = 0; part < parts; part++)
+            NAME(normalize)(s, begin_of(part, parts, pixels), begin_of(part + 1, parts, pixels), y,
+                            factor, shift, addend, out);
     }
-    if (!failed) NAME(affine)(channels, mean, inverse_std, scale, factor, shift);
-#pragma omp parallel for num_threads((int)s->threads) schedule(static)
-    for (int64_t part = 0; part < (failed ? 0 : parts); part++)
-        NAME(normalize)(s, begin_of(part, parts, pixels), begin_of(part + 1, parts, pixels), y,
-                        factor, shift, addend, out);
-    free(turned), free(factor), free(shift), free(moments);
+    free(turned), free(factor), free(moments);
     return failed;
 }
 
@@ -165,10 +174,10 @@ static void NAME(add_sums)(const Pointwise *s, int64_t begin, int64_t end, const
                            const REAL *y, const NAME(Gradient) * of, double *sums,
                            double *products) {
     int64_t channels = s->groups * s->outputs;
-    REAL a[BLOCK], b[BLOCK];
+    REAL a[WIDTH], b[WIDTH];
     for (int64_t p = begin; p < end; p += BLOCK)
-        for (int64_t start = 0; start < channels; start += BLOCK) {
-            int64_t pixels = least(end - p, BLOCK), width = least(channels - start, BLOCK);
+        for (int64_t start = 0; start < channels; start += WIDTH) {
+            int64_t pixels = least(end - p, BLOCK), width = least(channels - start, WIDTH);
             const REAL *factor = of->factor + start, *shift = of->shift + start;
             const REAL *mean = of->mean + start;
             for (int64_t c = 0; c < width; c++) a[c] = b[c] = 0;
@@ -212,7 +221,8 @@ static void NAME(gradient_of_y)(const Pointwise *s, int64_t n, const REAL *gradi
 }
 
 /* gx of some pixels, and their share of the weight's gradient, `turned` [G, I, O]; each may be
- * NULL. gy [BLOCK, C] and weight [C, I] may be read past their ends. */
+ * NULL. gy [BLOCK, C] is for what is computed on the way; it and weight [C, I] have room for a
+ * vector behind them. */
 static void NAME(differentiate)(const Pointwise *s, int64_t begin, int64_t end,
                                 const REAL *gradient, const REAL *x, const REAL *weight,
                                 const REAL *y, const NAME(Gradient) * of, REAL *gy, REAL *gx,
@@ -233,52 +243,68 @@ static void NAME(differentiate)(const Pointwise *s, int64_t begin, int64_t end,
     }
 }
 
-/* Gradients of x, weight and scale from that of out; each may be NULL where it is not wanted. */
-int NAME(pointwise_backward)(const Pointwise *s, const REAL *gradient, const REAL *x,
-                             const REAL *weight, const REAL *scale, const REAL *y,
-                             const REAL *statistics, REAL *gx, REAL *gw, REAL *gscale) {
-    int64_t inputs = s->inputs, outputs = s->outputs, channels = s->groups * outputs;
-    int64_t pixels = s->pixels, parts = parts_of(pixels), real = sizeof(REAL);
-    int64_t size = channels * inputs;
-    const REAL *mean = statistics, *inverse_std = mean + channels;
-    double *sums = zeros(parts * 2 * channels * (int64_t)sizeof(double));
-    REAL *of_channels = zeros(4 * channels * real), *weights = zeros(size * real);
-    REAL *turned = zeros(gw ? parts * size * real : 0);
-    REAL *gy = zeros(parts * BLOCK * channels * real);
-    int failed = !sums || !of_channels || !weights || !turned || !gy;
-    NAME(Gradient) of = {mean, of_channels, of_channels + channels, of_channels + 2 * channels,
-                         of_channels + 3 * channels};
-    if (!failed) NAME(affine)(channels, mean, inverse_std, scale, of.factor, of.shift);
-    if (!failed) memcpy(weights, weight, (size_t)(size * real));
-#pragma omp parallel for num_threads((int)s->threads) schedule(static)
-    for (int64_t part = 0; part < (failed ? 0 : parts); part++)
-        NAME(add_sums)(s, begin_of(part, parts, pixels), begin_of(part + 1, parts, pixels),
-                       gradient, y, &of, sums + part * 2 * channels,
-                       sums + (part * 2 + 1) * channels);
-    for (int64_t c = 0; c < channels && !failed; c++) {
+/* slope and offset, and the gradient of the scale, which may be NULL, from the parts' sums of g and
+ * of g (y - mean), [2, C] each. */
+static void NAME(add_up)(const Pointwise *s, const double *sums, const REAL *inverse_std,
+                         const NAME(Gradient) * of, REAL *gscale) {
+    int64_t channels = s->groups * s->outputs, parts = parts_of(s->pixels);
+    for (int64_t c = 0; c < channels; c++) {
         double sum = 0, product = 0, inverse = (double)inverse_std[c];
         for (int64_t part = 0; part < parts; part++) {
             sum += sums[part * 2 * channels + c];
             product += sums[(part * 2 + 1) * channels + c];
         }
-        double share = (double)of.factor[c] / (double)pixels;
-        of.slope[c] = (REAL)(-share * inverse * inverse * product);
-        of.offset[c] = (REAL)(-share * sum);
+        double share = (double)of->factor[c] / (double)s->pixels;
+        of->slope[c] = (REAL)(-share * inverse * inverse * product);
+        of->offset[c] = (REAL)(-share * sum);
         if (gscale) gscale[c] = (REAL)(inverse * product);
     }
-#pragma omp parallel for num_threads((int)s->threads) schedule(static)
-    for (int64_t part = 0; part < (failed || !(gx || gw) ? 0 : parts); part++)
-        NAME(differentiate)(s, begin_of(part, parts, pixels), begin_of(part + 1, parts, pixels),
-                            gradient, x, weights, y, &of, gy + part * BLOCK * channels, gx,
-                            gw ? turned + part * size : NULL);
-    for (int64_t c = 0; c < channels && gw && !failed; c++)
+}
+
+/* The weight's gradient [C, I] from the parts' shares, [G, I, O] each. */
+static void NAME(turn_back)(const Pointwise *s, const REAL *turned, REAL *gw) {
+    int64_t inputs = s->inputs, outputs = s->outputs, channels = s->groups * outputs;
+    int64_t parts = parts_of(s->pixels);
+    for (int64_t c = 0; c < channels; c++)
         for (int64_t i = 0; i < inputs; i++) {
+            const REAL *from = turned + (c / outputs * inputs + i) * outputs + c % outputs;
             double sum = 0;
-            for (int64_t part = 0; part < parts; part++)
-                sum += turned[part * size + (c / outputs * inputs + i) * outputs + c % outputs];
+            for (int64_t part = 0; part < parts; part++) sum += from[part * channels * inputs];
             gw[c * inputs + i] = (REAL)sum;
         }
-    free(sums), free(of_channels), free(weights), free(turned), free(gy);
+}
+
+/* Gradients of x, weight and scale from that of out; each may be NULL where it is not wanted. */
+int NAME(pointwise_backward)(const Pointwise *s, const REAL *gradient, const REAL *x,
+                             const REAL *weight, const REAL *scale, const REAL *y,
+                             const REAL *statistics, REAL *gx, REAL *gw, REAL *gscale) {
+    int64_t channels = s->groups * s->outputs, size = channels * s->inputs;
+    int64_t pixels = s->pixels, parts = parts_of(pixels), real = sizeof(REAL);
+    int64_t block = BLOCK * channels + LANES; /* no part reads what another one writes */
+    double *sums = zeros(parts * 2 * channels * (int64_t)sizeof(double));
+    REAL *factor = zeros(4 * channels * real), *weights = zeros(size * real);
+    REAL *gy = zeros(parts * block * real), *turned = zeros(gw ? parts * size * real : 0);
+    int failed = !sums || !factor || !weights || !gy || !turned;
+    if (!failed) {
+        const REAL *mean = statistics, *inverse_std = statistics + channels;
+        NAME(Gradient) of = {mean, factor, factor + channels, factor + 2 * channels,
+                             factor + 3 * channels};
+        memcpy(weights, weight, (size_t)(size * real));
+        NAME(affine)(channels, mean, inverse_std, scale, of.factor, of.shift);
+#pragma omp parallel for num_threads((int)s->threads) schedule(static)
+        for (int64_t part = 0; part < parts; part++)
+            NAME(add_sums)(s, begin_of(part, parts, pixels), begin_of(part + 1, parts, pixels),
+                           gradient, y, &of, sums + part * 2 * channels,
+                           sums + (part * 2 + 1) * channels);
+        NAME(add_up)(s, sums, inverse_std, &of, gscale);
+#pragma omp parallel for num_threads((int)s->threads) schedule(static)
+        for (int64_t part = 0; part < (gx || gw ? parts : 0); part++)
+            NAME(differentiate)(s, begin_of(part, parts, pixels), begin_of(part + 1, parts, pixels),
+                                gradient, x, weights, y, &of, gy + part * block, gx,
+                                gw ? turned + part * size : NULL);
+        if (gw) NAME(turn_back)(s, turned, gw);
+    }
+    free(sums), free(factor), free(weights), free(gy), free(turned);
     return failed;
 }
 

@@ -24,13 +24,20 @@ torch.library.define(
 )
 
 
-def can_normalize(x: Tensor, weight: Tensor) -> bool:
-    """Whether `normalized_pointwise` takes x [B, G I, H, W] and weight [G O, I, 1, 1] here."""
+def can_normalize(x: Tensor, weight: Tensor, scale: Tensor | None, addend: Tensor | None) -> bool:
+    """Whether `normalized_pointwise` takes them here.
+
+    It takes nothing that does not fit together; PyTorch's functions do, or say what is wrong.
+    """
+    given = [tensor for tensor in (x, weight, scale, addend) if tensor is not None]
     return (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype
+        all(tensor.device.type == "cpu" and tensor.dtype == x.dtype for tensor in given)
         and x.dtype in build.SUFFIXES
-        and x.numel() > x.shape[1]  # PyTorch says why one pixel cannot be normalized
+        and x.numel() > x.shape[1]  # one pixel cannot be normalized
+        and x.shape[1] % weight.shape[1] == 0
+        and weight.shape[0] % (x.shape[1] // weight.shape[1]) == 0
+        and (scale is None or scale.shape == weight.shape[:1])
+        and (addend is None or addend.shape == (x.shape[0], weight.shape[0], *x.shape[2:]))
         and build.is_built()
     )
 
@@ -160,15 +167,14 @@ def _fake_backward(
     rectify: bool,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    shapes = (y.shape[0], groups * weight.shape[1], *y.shape[2:]), weight.shape, weight.shape[:1]
+    of_x = y.shape[0], groups * weight.shape[1], *y.shape[2:]
+    dense, plain = torch.channels_last, torch.contiguous_format
+    shapes = (of_x, dense), (weight.shape, plain), (weight.shape[:1], plain)
     return tuple(
-        torch.empty(
-            shape if want else 0,
-            dtype=y.dtype,
-            device=y.device,
-            memory_format=torch.channels_last if want and len(shape) == 4 else None,
-        )
-        for shape, want in zip(shapes, wanted, strict=True)
+        torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=layout)
+        if want
+        else y.new_empty(0)
+        for (shape, layout), want in zip(shapes, wanted, strict=True)
     )
 
 

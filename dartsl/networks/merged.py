@@ -70,7 +70,7 @@ class RectifiedCopies(torch.autograd.Function):
             found = native.rectified_copies_backward(gradients, x, ctx.copies)
             return found, None, None
         parts = [part for gradient in gradients for part in gradient.chunk(ctx.copies, dim=1)]
-        return torch.stack(parts).sum(dim=0) * (x > 0), None, None
+        return torch.stack(parts).sum(dim=0).masked_fill(x <= 0, 0), None, None
 
 
 class MergedBatchNorm(nn.Module):
@@ -125,7 +125,11 @@ class MergedBatchNorm(nn.Module):
         rectify: bool = False,
     ) -> Tensor:
         """`self(pointwise(x), weight, addend)`, with a ReLU before the sum if `rectify`."""
-        if not self.training or self.synchronized or not can_normalize(x, pointwise):
+        if (
+            not self.training
+            or self.synchronized
+            or not can_normalize(x, pointwise.weight, weight, addend)
+        ):
             normalized = self(pointwise(x), weight)
             return add(F.relu(normalized) if rectify else normalized, addend)
         return normalized_pointwise(
@@ -154,12 +158,12 @@ class MergedChain(nn.Sequential):
         _, *layers = self  # the ReLU that the chain begins with is done
         while layers:
             layer, *layers = layers
-            if is_pointwise(layer) and isinstance(layers[0], MergedBatchNorm):
-                norm, *layers = layers
-                rectify = bool(layers) and isinstance(layers[0], nn.ReLU)
-                layers = layers[rectify:]
-                last = () if layers else (weights, addend)
-                input = norm.after(layer, input, *last, rectify=rectify)
+            norm = layers[0] if layers else None
+            if is_pointwise(layer) and isinstance(norm, MergedBatchNorm):
+                rectify = len(layers) > 1 and isinstance(layers[1], nn.ReLU)
+                layers = layers[1 + rectify :]
+                last = (None, None) if layers else (weights, addend)
+                input = norm.after(layer, input, *last, rectify)
             else:
                 input = layer(input) if layers else layer(input, weights, addend)
         return input

@@ -86,9 +86,8 @@ class MixedOperation(nn.Module):
     ) -> Tensor:
         """Sum [B, k C, H', W'] of the operations on x [B, C, H, W], weighted by columns [k]."""
         readers = [op for op in operations if not isinstance(op, ReadsSource)]
-        rectified = dict(
-            zip(readers, rectified_copies(x, self.num_edges, len(readers)), strict=True)
-        )
+        copies = rectified_copies(x, self.num_edges, len(readers)) if readers else ()
+        rectified = dict(zip(readers, copies, strict=True))
         # Each edge's weight once for every channel. Not an expanded view: the gradients of a
         # BatchNorm are NaN where its weight has stride 0.
         rows = torch.stack(list(columns)).repeat_interleave(x.shape[1], dim=1).unbind()

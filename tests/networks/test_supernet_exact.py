@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dartsl.hypergradient import exact_product
 from dartsl.interop import load_official_supernet, official_gradients, official_state_dict
+from dartsl.native import build
 from dartsl.networks import Supernet
 from dartsl.search_space import SearchSpace
 from tests import literal_darts
@@ -29,6 +30,15 @@ CASES = {
     "nothing but maps": (2, 4, 3, 3, ("max_pool_3x3", "skip_connect"), (8, 8)),
     "odd maps": (3, 3, 2, 2, ("none", "sep_conv_3x3", "dil_conv_3x3", "max_pool_3x3"), (10, 14)),
 }
+
+
+@pytest.fixture(params=["in C", "in PyTorch"], autouse=True)
+def code(request, monkeypatch) -> None:
+    """The operations that are written twice, in each of the two."""
+    if request.param == "in PyTorch":
+        monkeypatch.setattr(build, "is_built", lambda: False)
+    elif not build.is_built():
+        pytest.skip("no C compiler on this machine")
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES.keys(), name="pair")
