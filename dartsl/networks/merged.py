@@ -162,8 +162,8 @@ class MergedChain(nn.Sequential):
             if is_pointwise(layer) and isinstance(norm, MergedBatchNorm):
                 rectify = len(layers) > 1 and isinstance(layers[1], nn.ReLU)
                 layers = layers[1 + rectify :]
-                last = (None, None) if layers else (weights, addend)
-                input = norm.after(layer, input, *last, rectify)
+                scale, more = (None, None) if layers else (weights, addend)
+                input = norm.after(layer, input, scale, more, rectify)
             else:
                 input = layer(input) if layers else layer(input, weights, addend)
         return input
