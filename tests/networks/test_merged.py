@@ -101,7 +101,7 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             output = native.rectified_copies(x, 3)
-            backward = native.rectified_copies_backward(directions.unbind(), output, 3)
+            backward = native.rectified_copies_backward(directions.unbind(), x, 3)
             found.append((output, backward))
     finally:
         torch.set_num_threads(threads)
@@ -126,5 +126,5 @@ def test_the_operations_of_torch() -> None:
     operations = torch.ops.dartsl
     torch.library.opcheck(operations.rectified_copies.default, (x, 2))
     output = operations.rectified_copies(x, 2)
-    given = [torch.randn_like(output)] * 2, output, 2
+    given = [torch.randn_like(output)] * 2, x, 2
     torch.library.opcheck(operations.rectified_copies_backward.default, given)
