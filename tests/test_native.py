@@ -97,6 +97,20 @@ def test_it_is_used_where_nothing_is_differentiated_twice(monkeypatch) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    ("name", "sizes", "others"),
+    [
+        ("weight_gradient", (1, 1, 1 << 24, 1 << 24, 3, 1, 1), (None,) * 3),
+        ("pointwise", (2, 1, 1 << 48, 1, 0), (1e-5, *(None,) * 7)),
+        ("pointwise_backward", (2, 1, 1 << 48, 1, 0), (None,) * 9),
+    ],
+)
+def test_no_memory_is_an_error(name, sizes, others) -> None:
+    with pytest.raises(MemoryError, match=f"No memory for {name.replace('_', ' ')}"):
+        build.call(name, torch.float32, sizes, *others)
+
+
+@needs_compiler
 def test_it_is_built_once(fresh, monkeypatch) -> None:
     assert build.library() is not None
     (built,) = fresh.iterdir()

@@ -152,7 +152,7 @@ def test_a_mean_that_is_large_beside_the_deviation() -> None:
         for found in (with_gradients(f, single, False) for f in (ours, reference))
     ]
     for ours_is, pytorchs in zip(*errors, strict=True):
-        assert ours_is <= 1.2 * pytorchs
+        assert ours_is <= 2 * pytorchs  # a processor may not have fused additions
 
 
 @needs_compiler
