@@ -12,6 +12,7 @@ from dartsl.native import build
 from dartsl.native import pointwise as native
 from dartsl.networks.merged import MergedBatchNorm
 from dartsl.pointwise import normalized_pointwise
+from tests.derivatives import Ends
 
 needs_compiler = pytest.mark.skipif(not build.is_built(), reason="no C compiler on this machine")
 
@@ -235,18 +236,6 @@ def test_an_input_that_is_made_of_another() -> None:
         return list(torch.autograd.grad((gradient**2).sum(), (x, weight, scale)))
 
     assert_close(second(ours), second(reference), 1e-11)
-
-
-class Ends(torch.autograd.Function):
-    """What gives no gradient."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> None:
-        return None
 
 
 @needs_compiler

@@ -4,6 +4,7 @@ Shapes: B images, H x W pixels, G groups of I inputs and O outputs.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,7 +107,7 @@ def _forward(
     eps: float,
     rectify: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    output, y, statistics = found = _fake_forward(x, weight, scale, addend, eps, rectify)
+    output, y, statistics = found = _results(x, weight)
     given = (_dense(tensor) for tensor in (x, weight, scale, addend))
     sizes = _sizes(y, weight, x.shape[1] // weight.shape[1], rectify)
     build.call("pointwise", x.dtype, sizes, eps, *given, y, output, statistics)
@@ -114,14 +115,7 @@ def _forward(
 
 
 @torch.library.register_fake(FORWARD)
-def _fake_forward(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    addend: Tensor | None,
-    eps: float,
-    rectify: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _results(x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     channels = weight.shape[0]
     shape = x.shape[0], channels, *x.shape[2:]
     y, output = (
@@ -144,7 +138,7 @@ def _backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     given = gradient, x, weight, scale, y, statistics
-    found = _fake_backward(*given, groups, rectify, wanted)
+    found = _gradients(y, weight, groups, wanted)
     build.call(
         "pointwise_backward",
         y.dtype,
@@ -156,16 +150,13 @@ def _backward(
 
 
 @torch.library.register_fake(BACKWARD)
-def _fake_backward(
-    gradient: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    scale: Tensor | None,
-    y: Tensor,
-    statistics: Tensor,
-    groups: int,
-    rectify: bool,
-    wanted: Sequence[bool],
+def _fake_backward(*given: Any) -> tuple[Tensor, ...]:
+    _, _, weight, _, y, _, groups, _, wanted = given
+    return _gradients(y, weight, groups, wanted)
+
+
+def _gradients(
+    y: Tensor, weight: Tensor, groups: int, wanted: Sequence[bool]
 ) -> tuple[Tensor, ...]:
     of_x = y.shape[0], groups * weight.shape[1], *y.shape[2:]
     dense, plain = torch.channels_last, torch.contiguous_format

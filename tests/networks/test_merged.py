@@ -8,6 +8,7 @@ from torch import Tensor
 from dartsl.native import build
 from dartsl.native import copies as native
 from dartsl.networks.merged import rectified_copies
+from tests.derivatives import Ends
 
 needs_compiler = pytest.mark.skipif(not build.is_built(), reason="no C compiler on this machine")
 
@@ -45,18 +46,6 @@ def test_copies_and_gradients_are_pytorchs(shape, dtype) -> None:
             gradient_of_x(copies, x, edges, given) for copies in (rectified_copies, reference)
         )
         assert torch.allclose(found, expected, rtol=0, atol=4 * torch.finfo(dtype).eps * 6)
-
-
-class Ends(torch.autograd.Function):
-    """A reader that gives no gradient."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> None:
-        return None
 
 
 @needs_compiler
