@@ -5,8 +5,7 @@ Shapes: B images, C channels, H x W pixels, K x K kernel (K odd), o outputs.
 oneDNN's gradients of depthwise convolutions are 5 to 20 times slower than its forward pass, unless
 the kernel is at most 3 wide and not dilated. Both gradients can be written in terms of those that
 are fast, and nothing is approximated. The formulas are made of differentiable functions, so that
-the gradients can be differentiated again (the exact product of `dartsl.hypergradient`). Where they
-need not be, and this machine has a compiler, the weight gradient is `dartsl.native`'s.
+the gradients can be differentiated again (the exact product of `dartsl.hypergradient`).
 """
 
 from collections.abc import Sequence
@@ -15,8 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from dartsl.native import depthwise as native
 
 FAST_WIDTH = 3  # of a kernel, for oneDNN's weight gradient
 
@@ -107,9 +104,6 @@ def weight_gradient(
     3 has its columns taken three at a time: each three are the gradient of a K x 3 kernel on x
     shifted along the width.
     """
-    native_is_faster = dilation == 2 or weight.shape[-1] > FAST_WIDTH
-    if native_is_faster and not torch.is_grad_enabled() and native.can_weigh(x, weight):
-        return native.weight_gradient(gradient, x, weight, stride, dilation)
     if dilation == 2:
         gradient, x = _parity_phases(gradient), _parity_phases(x)
     size = weight.shape[-1]

@@ -1,50 +1,102 @@
-/* The weight gradient of a depthwise convolution, in channels_last.
+/* Depthwise convolutions in channels_last and their gradients.
  *
- * B images, C channels, H x W pixels, K x K kernel (K = 3, 5, 7), stride s and dilation d (1, 2),
- * padding p = d (K / 2). x [B, C, H, W] and g [B, C, ceil(H / s), ceil(W / s)] are in
- * channels_last, the gradient [C, 1, K, K] is contiguous:
+ * C channels, H x W pixels, K x K kernel (K = 3, 5, 7), stride s and dilation d, of which one is 1 and
+ * the other 1 or 2, padding p = d (K / 2). At every output o of [ceil(H / s), ceil(W / s)], in both
+ * axes alike,
  *
- *     dw[c, i, j] = sum over images and outputs (h, w) of g[c, h, w] x[c, h s + i d - p, w s + j d - p]
+ *     y[o] = sum over j of w[j] x[s o + d j - p]
  *
- * The channels are taken LANES at a time, one to a lane of a vector. So many channels of an image
- * are first packed into a small buffer with the padding around them, so that the loop over the
- * outputs has neither borders nor strides of memory; K, s and d are constants in it, and the sums
- * of a row of the kernel stay in registers.
+ * Channels are taken LANES at a time, one to a lane of a vector. So many channels of an image are a
+ * plane: a small buffer with the padding around the pixels, so that the loops have neither borders nor
+ * strides of memory. K, s and d are constants in them.
  */
-#define MAX_WIDTH 7 /* of a kernel */
-#define PIXELS 4    /* of the loop over a row that are unrolled */
+#define PIXELS 8 /* of an output row that are computed at once */
 
-/* Some channels of an image [height, width, channels] into the middle of a buffer of zeros that is
- * wider by `border` on each side. */
-static void NAME(pack)(const REAL *image, Vector *packed, int64_t height, int64_t width,
-                       int64_t channels, int64_t lanes, int64_t border) {
-    for (int64_t h = 0; h < height; h++) {
-        Vector *row = packed + (h + border) * (width + 2 * border) + border;
-        for (int64_t w = 0; w < width; w++, image += channels)
+/* The planes of an image [height, width, channels], which is `row` numbers from one row to the next
+ * and `pixel` from one pixel to the next. A plane is `pitch` vectors wide and `size` large. */
+static void NAME(pack)(const REAL *image, int64_t row, int64_t pixel, int64_t height, int64_t width,
+                       int64_t channels, Vector *planes, int64_t border, int64_t pitch,
+                       int64_t size) {
+    for (int64_t h = 0; h < height; h++)
+        for (int64_t first = 0, plane = 0; first < channels; first += LANES, plane++) {
+            Vector *to = planes + plane * size + (h + border) * pitch + border;
+            const REAL *from = image + h * row + first;
+            int64_t lanes = least(channels - first, LANES);
             if (lanes == LANES)
-                memcpy(row + w, image, BYTES);
+                for (int64_t w = 0; w < width; w++) memcpy(to + w, from + w * pixel, BYTES);
             else
-                memcpy(row + w, image, (size_t)lanes * sizeof(REAL));
-    }
+                for (int64_t w = 0; w < width; w++)
+                    memcpy(to + w, from + w * pixel, (size_t)lanes * sizeof(REAL));
+        }
 }
 
-/* total[K, K] += the sum over the outputs of an image. */
-static inline __attribute__((always_inline)) void NAME(add)(
-    const Vector *x, const Vector *g, Vector *total, int64_t width, int64_t out_height,
-    int64_t out_width, const int kernel, const int stride, const int dilation) {
-    for (int i = 0; i < kernel; i++) {
-        Vector sums[2][MAX_WIDTH]; /* two of each: an addition need not wait for the last one */
-        for (int j = 0; j < kernel; j++) sums[0][j] = sums[1][j] = (Vector){0};
-        for (int64_t h = 0; h < out_height; h++) {
-            const Vector *row = x + (h * stride + i * dilation) * width, *from = g + h * out_width;
-            int64_t w = 0;
-            for (; w + PIXELS <= out_width; w += PIXELS)
+/* A row of a plane back into an image: the inverse of `pack`. */
+static void NAME(unpack)(const Vector *row, int64_t width, int64_t lanes, REAL *image,
+                         int64_t pixel) {
+    if (lanes == LANES)
+        for (int64_t w = 0; w < width; w++) memcpy(image + w * pixel, row + w, BYTES);
+    else
+        for (int64_t w = 0; w < width; w++)
+            memcpy(image + w * pixel, row + w, (size_t)lanes * sizeof(REAL));
+}
+
+/* `many` outputs of a row, or those added to it; x begins at the row's first tap. */
+static inline __attribute__((always_inline)) void NAME(convolve_some)(
+    const int many, const Vector *x, int64_t pitch, const Vector *weight, Vector *out,
+    int64_t out_step, const int adding, const int kernel, const int stride, const int dilation) {
+    Vector sums[PIXELS];
 #pragma GCC unroll 8
-                for (int n = 0; n < PIXELS; n++)
+    for (int n = 0; n < many; n++) sums[n] = adding ? out[n * out_step] : (Vector){0};
+    for (int i = 0; i < kernel; i++, x += dilation * pitch, weight += kernel)
+#pragma GCC unroll 7
+        for (int j = 0; j < kernel; j++)
+#pragma GCC unroll 8
+            for (int n = 0; n < many; n++) sums[n] += weight[j] * x[n * stride + j * dilation];
+#pragma GCC unroll 8
+    for (int n = 0; n < many; n++) out[n * out_step] = sums[n];
+}
+
+/* A row of n outputs, `out_step` vectors from one to the next, or that added to it. */
+static inline __attribute__((always_inline)) void NAME(convolve)(
+    const Vector *x, int64_t pitch, const Vector *weight, Vector *out, int64_t out_step, int64_t n,
+    const int adding, const int kernel, const int stride, const int dilation) {
+    int64_t w = 0;
+    for (; w + PIXELS <= n; w += PIXELS)
+        NAME(convolve_some)(PIXELS, x + w * stride, pitch, weight, out + w * out_step, out_step,
+                            adding, kernel, stride, dilation);
+    for (; w < n; w++)
+        NAME(convolve_some)(1, x + w * stride, pitch, weight, out + w * out_step, out_step, adding,
+                            kernel, stride, dilation);
+}
+
+/* The gradient of the input, added to a plane with padding, from a row of n outputs' gradient. */
+static inline __attribute__((always_inline)) void NAME(spread)(
+    const Vector *g, int64_t n, const Vector *weight, Vector *gx, int64_t pitch, const int kernel,
+    const int stride, const int dilation) {
+    for (int i = 0; i < kernel; i++)
+        for (int64_t w = 0; w < n; w++)
+#pragma GCC unroll 7
+            for (int j = 0; j < kernel; j++)
+                gx[i * dilation * pitch + w * stride + j * dilation] += weight[i * kernel + j] * g[w];
+}
+
+/* The gradient of the weight, added to total [K, K]; g is `g_pitch` vectors from row to row. */
+static inline __attribute__((always_inline)) void NAME(weigh)(
+    const Vector *x, int64_t pitch, const Vector *g, int64_t g_pitch, int64_t height, int64_t width,
+    Vector *total, const int kernel, const int stride, const int dilation) {
+    for (int i = 0; i < kernel; i++) {
+        Vector sums[2][7]; /* two of each: an addition need not wait for the last one */
+        for (int j = 0; j < kernel; j++) sums[0][j] = sums[1][j] = (Vector){0};
+        for (int64_t h = 0; h < height; h++) {
+            const Vector *row = x + (h * stride + i * dilation) * pitch, *from = g + h * g_pitch;
+            int64_t w = 0;
+            for (; w + 4 <= width; w += 4)
+#pragma GCC unroll 8
+                for (int n = 0; n < 4; n++)
 #pragma GCC unroll 7
                     for (int j = 0; j < kernel; j++)
                         sums[n % 2][j] += from[w + n] * row[(w + n) * stride + j * dilation];
-            for (; w < out_width; w++)
+            for (; w < width; w++)
 #pragma GCC unroll 7
                 for (int j = 0; j < kernel; j++)
                     sums[0][j] += from[w] * row[w * stride + j * dilation];
@@ -53,57 +105,34 @@ static inline __attribute__((always_inline)) void NAME(add)(
     }
 }
 
-#define WITH_KERNEL(K, ...)                                                        \
-    if (s->stride == 1 && s->dilation == 1) NAME(add)(__VA_ARGS__, K, 1, 1);       \
-    else if (s->stride == 1) NAME(add)(__VA_ARGS__, K, 1, 2);                      \
-    else if (s->dilation == 1) NAME(add)(__VA_ARGS__, K, 2, 1);                    \
-    else NAME(add)(__VA_ARGS__, K, 2, 2);
+/* Calls one of the functions above with kernel, stride and dilation as constants. */
+#define WITH_KERNEL(K, function, ...)                                          \
+    if (kernel == K && stride == 2) NAME(function)(__VA_ARGS__, K, 2, 1);      \
+    else if (kernel == K && dilation == 2) NAME(function)(__VA_ARGS__, K, 1, 2); \
+    else if (kernel == K) NAME(function)(__VA_ARGS__, K, 1, 1);
+#define WITH_CONSTANTS(function, ...)     \
+    WITH_KERNEL(3, function, __VA_ARGS__) \
+    WITH_KERNEL(5, function, __VA_ARGS__) \
+    WITH_KERNEL(7, function, __VA_ARGS__)
 
-static void NAME(add_any)(const Depthwise *s, const Vector *x, const Vector *g, Vector *total,
-                          int64_t width, int64_t out_height, int64_t out_width) {
-    if (s->kernel == 3) { WITH_KERNEL(3, x, g, total, width, out_height, out_width) }
-    else if (s->kernel == 5) { WITH_KERNEL(5, x, g, total, width, out_height, out_width) }
-    else { WITH_KERNEL(7, x, g, total, width, out_height, out_width) }
+static void NAME(convolve_row)(int64_t kernel, int64_t stride, int64_t dilation, const Vector *x,
+                               int64_t pitch, const Vector *weight, Vector *out, int64_t out_step,
+                               int64_t n, int adding) {
+    if (adding) { WITH_CONSTANTS(convolve, x, pitch, weight, out, out_step, n, 1) }
+    else { WITH_CONSTANTS(convolve, x, pitch, weight, out, out_step, n, 0) }
 }
 
-/* dw from all of x and g. */
-int NAME(weight_gradient)(const Depthwise *s, const REAL *x, const REAL *g, REAL *dw) {
-    int64_t border = s->dilation * (s->kernel / 2), taps = s->kernel * s->kernel;
-    int64_t width = s->width + 2 * border, height = s->height + 2 * border;
-    int64_t out_height = (s->height + s->stride - 1) / s->stride;
-    int64_t out_width = (s->width + s->stride - 1) / s->stride;
-    int64_t blocks = (s->channels + LANES - 1) / LANES;
-    int64_t parts = least(s->images, MAX_PARTS);
-    Vector *totals = zeros(parts * blocks * taps * BYTES);
-    int failed = totals == NULL;
-#pragma omp parallel for num_threads((int)s->threads) schedule(static) reduction(| : failed)
-    for (int64_t part = 0; part < parts; part++) {
-        Vector *xs = zeros(height * width * BYTES), *gs = zeros(out_height * out_width * BYTES);
-        failed |= xs == NULL || gs == NULL;
-        for (int64_t b = part * s->images / parts; b < (part + 1) * s->images / parts; b++)
-            for (int64_t block = 0; block < blocks && !failed; block++) {
-                int64_t first = block * LANES, lanes = least(s->channels - first, LANES);
-                NAME(pack)(x + b * s->height * s->width * s->channels + first, xs, s->height,
-                           s->width, s->channels, lanes, border);
-                NAME(pack)(g + b * out_height * out_width * s->channels + first, gs, out_height,
-                           out_width, s->channels, lanes, 0);
-                NAME(add_any)(s, xs, gs, totals + (part * blocks + block) * taps, width,
-                              out_height, out_width);
-            }
-        free(xs);
-        free(gs);
-    }
-    for (int64_t c = 0; c < s->channels && !failed; c++)
-        for (int64_t t = 0; t < taps; t++) {
-            REAL sum = 0;
-            for (int64_t part = 0; part < parts; part++)
-                sum += totals[(part * blocks + c / LANES) * taps + t][c % LANES];
-            dw[c * taps + t] = sum;
-        }
-    free(totals);
-    return failed;
+static void NAME(spread_row)(int64_t kernel, int64_t stride, int64_t dilation, const Vector *g,
+                             int64_t n, const Vector *weight, Vector *gx, int64_t pitch) {
+    WITH_CONSTANTS(spread, g, n, weight, gx, pitch)
 }
 
+static void NAME(weigh_plane)(int64_t kernel, int64_t stride, int64_t dilation, const Vector *x,
+                              int64_t pitch, const Vector *g, int64_t g_pitch, int64_t height,
+                              int64_t width, Vector *total) {
+    WITH_CONSTANTS(weigh, x, pitch, g, g_pitch, height, width, total)
+}
+
+#undef WITH_CONSTANTS
 #undef WITH_KERNEL
-#undef MAX_WIDTH
 #undef PIXELS

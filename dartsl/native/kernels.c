@@ -1,5 +1,5 @@
-/* What dartsl computes in C on a CPU, for float and for double. Python calls these functions, see
- * the modules beside them; all tensors are in channels_last.
+/* What dartsl computes in C on a CPU, for float and for double. Python calls `separable` and
+ * `separable_backward`, see separable.py; all maps are in channels_last.
  *
  * A batch is always parted in the same way, and the parts' sums are added in their order: any
  * number of threads gives the same bits. Functions return 0, or 1 where there is no memory.
@@ -18,9 +18,30 @@
 #define BYTES 16
 #endif
 #define MAX_PARTS 32 /* of a batch that are summed apart */
-#define PART 512     /* pixels of a part at least */
+
+typedef struct {
+    int64_t images, sources, groups, inputs, outputs, height, width, kernel, stride, dilation;
+    int64_t rectify, threads;
+} Separable;
+
+/* A batch in parts of whole images, of so many pixels each. */
+typedef struct {
+    int64_t images, pixels, number;
+} Parts;
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static Parts parts_of(int64_t images, int64_t pixels) {
+    return (Parts){images, pixels, least(images, MAX_PARTS)};
+}
+
+static int64_t first_image(const Parts *parts, int64_t part) {
+    return part * parts->images / parts->number;
+}
+
+static int64_t first_pixel(const Parts *parts, int64_t part) {
+    return first_image(parts, part) * parts->pixels;
+}
 
 /* A vector that begins in the buffer may reach past its last number. */
 static void *zeros(int64_t bytes) {
@@ -39,42 +60,23 @@ static void join(double *mean, double *squares, double before, double other, dou
     *squares += more + delta * delta * before * n / (before + n);
 }
 
-/* How many parts the pixels of a batch are summed in, and where one starts. */
-static int64_t parts_of(int64_t pixels) {
-    return pixels < 2 * PART ? 1 : least(pixels / PART, MAX_PARTS);
-}
-
-static int64_t begin_of(int64_t part, int64_t parts, int64_t pixels) {
-    return part * pixels / parts;
-}
-
-typedef struct {
-    int64_t images, channels, height, width, kernel, stride, dilation, threads;
-} Depthwise;
-
-typedef struct {
-    int64_t pixels, groups, inputs, outputs, rectify, threads;
-} Pointwise;
-
-typedef struct {
-    int64_t pixels, channels, copies, readers, threads;
-} Copies;
-
 #define LANES ((int64_t)(BYTES / sizeof(REAL))) /* numbers in a vector */
 #define Vector NAME(Vector)
 
 #define REAL float
 #define NAME(name) name##_float
 typedef REAL Vector __attribute__((vector_size(BYTES)));
-#include "copies.h"
+#include "batch_norm.h"
 #include "depthwise.h"
-#include "pointwise.h"
+#include "product.h"
+#include "separable.h"
 #undef REAL
 #undef NAME
 
 #define REAL double
 #define NAME(name) name##_double
 typedef REAL Vector __attribute__((vector_size(BYTES)));
-#include "copies.h"
+#include "batch_norm.h"
 #include "depthwise.h"
-#include "pointwise.h"
+#include "product.h"
+#include "separable.h"

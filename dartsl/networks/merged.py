@@ -3,9 +3,9 @@
 Shapes: B images, k edges that leave the node, C channels, H x W pixels. A merged tensor has k C
 channels, the C of the first edge before those of the second.
 
-Every edge that leaves a node reads the same x [B, C, H, W] with weights of its own. Convolution in
-groups and BatchNorm act on every channel or group of channels alone, so k copies of a chain of
-them are one chain over k C channels (`MergedChain`). An operation without parameters gives the same
+Every edge that leaves a node reads the same x [B, C, H, W] (`Source`) with weights of its own.
+Convolution in groups and BatchNorm act on every channel or group of channels alone, so k copies of
+a chain of them are one chain over k C channels (`MergedChain`). An operation without parameters gives the same
 map on all edges, so it is computed once (`NormalizedPool`, the identity). Parameters and buffers
 are those of the copies, one after the other along their first dimension.
 """
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from dartsl.batch_norm import batch_norm
 from dartsl.depthwise import DepthwiseConv2d
-from dartsl.native import copies as native
 from dartsl.operations import (
     OPERATIONS,
     DilatedConv,
@@ -29,7 +28,7 @@ from dartsl.operations import (
     Zero,
     shifted,
 )
-from dartsl.pointwise import can_normalize, is_pointwise, normalized_pointwise
+from dartsl.separable import can_fuse, fused, units_of
 
 Pool = nn.MaxPool2d | nn.AvgPool2d
 CHAIN_LAYERS = (nn.ReLU, nn.Conv2d, DepthwiseConv2d, nn.BatchNorm2d)
@@ -40,37 +39,33 @@ def add(term: Tensor, addend: Tensor | None) -> Tensor:
     return term if addend is None else term + addend
 
 
-def rectified_copies(x: Tensor, num_edges: int, readers: int) -> Sequence[Tensor]:
-    """ReLU of x [B, C, H, W], once for each edge, [B, k C, H, W]; the same for every reader."""
-    if native.can_copy(x) and not torch.is_autocast_enabled("cpu"):
-        return RectifiedCopies.apply(x, num_edges, readers)
-    return [F.relu(torch.cat([x] * num_edges, dim=1))] * readers
+class Source:
+    """A node that edges leave, as their operations read it; each form is computed once.
 
+    Args:
+        x: the node, [B, C, H, W].
+        num_edges: k.
+    """
 
-class RectifiedCopies(torch.autograd.Function):
-    """`rectified_copies` in C. It knows its readers, so as to sum their gradients in one pass."""
+    def __init__(self, x: Tensor, num_edges: int) -> None:
+        self.x = x
+        self.num_edges = num_edges
+        self._rectified: Tensor | None = None
+        self._copies: Tensor | None = None
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, copies: int, readers: int) -> tuple[Tensor, ...]:
-        """[B, C, H, W] -> `readers` times the same [B, copies * C, H, W]."""
-        output = native.rectified_copies(x, copies)
-        ctx.copies = copies
-        ctx.save_for_backward(x)
-        ctx.set_materialize_grads(False)
-        return tuple(output.view_as(output) for _ in range(readers))
+    @property
+    def rectified(self) -> Tensor:
+        """ReLU(x), [B, C, H, W]."""
+        if self._rectified is None:
+            self._rectified = F.relu(self.x)
+        return self._rectified
 
-    @staticmethod
-    def backward(ctx: Any, *of_readers: Tensor | None) -> tuple[Tensor | None, None, None]:
-        """The sum of the gradients of all copies and readers, where x is positive."""
-        (x,) = ctx.saved_tensors
-        gradients = [gradient for gradient in of_readers if gradient is not None]
-        if not gradients:
-            return None, None, None
-        if not torch.is_grad_enabled():
-            found = native.rectified_copies_backward(gradients, x, ctx.copies)
-            return found, None, None
-        parts = [part for gradient in gradients for part in gradient.chunk(ctx.copies, dim=1)]
-        return torch.stack(parts).sum(dim=0).masked_fill(x <= 0, 0), None, None
+    @property
+    def copies(self) -> Tensor:
+        """ReLU(x) once for every edge, [B, k C, H, W]."""
+        if self._copies is None:
+            self._copies = torch.cat([self.rectified] * self.num_edges, dim=1)
+        return self._copies
 
 
 class MergedBatchNorm(nn.Module):
@@ -84,6 +79,7 @@ class MergedBatchNorm(nn.Module):
 
     eps = 1e-5
     momentum = 0.1
+    weight = bias = None  # no affine parameters
     synchronized = False
 
     def __init__(self, num_features: int, num_edges: int) -> None:
@@ -116,34 +112,6 @@ class MergedBatchNorm(nn.Module):
         )
         return add(normalized, addend)
 
-    def after(
-        self,
-        pointwise: nn.Conv2d,
-        x: Tensor,
-        weight: Tensor | None = None,
-        addend: Tensor | None = None,
-        rectify: bool = False,
-    ) -> Tensor:
-        """`self(pointwise(x), weight, addend)`, with a ReLU before the sum if `rectify`."""
-        if (
-            not self.training
-            or self.synchronized
-            or not can_normalize(x, pointwise.weight, weight, addend)
-        ):
-            normalized = self(pointwise(x), weight)
-            return add(F.relu(normalized) if rectify else normalized, addend)
-        return normalized_pointwise(
-            x,
-            pointwise.weight,
-            self.running_mean,
-            self.running_var,
-            weight,
-            addend,
-            self.momentum,
-            self.eps,
-            rectify,
-        )
-
 
 class MergedChain(nn.Sequential):
     """k copies of a chain (see `is_chain`) as one chain over k C channels."""
@@ -152,21 +120,17 @@ class MergedChain(nn.Sequential):
         super().__init__(*(_merge_layers(layers) for layers in zip(*copies, strict=True)))
 
     def forward(  # type: ignore[override]
-        self, input: Tensor, weights: Tensor, addend: Tensor | None = None
+        self, source: Source, weights: Tensor, addend: Tensor | None = None
     ) -> Tensor:
-        """From k times ReLU(x), [B, k C, H, W], and weights [k C] -> [B, k C, H', W']."""
-        _, *layers = self  # the ReLU that the chain begins with is done
-        while layers:
-            layer, *layers = layers
-            norm = layers[0] if layers else None
-            if is_pointwise(layer) and isinstance(norm, MergedBatchNorm):
-                rectify = len(layers) > 1 and isinstance(layers[1], nn.ReLU)
-                layers = layers[1 + rectify :]
-                scale, more = (None, None) if layers else (weights, addend)
-                input = norm.after(layer, input, scale, more, rectify)
-            else:
-                input = layer(input) if layers else layer(input, weights, addend)
-        return input
+        """Weighted outputs [B, k C, H', W']; weights [k C]."""
+        units = units_of(list(self))
+        if can_fuse(units, source.rectified):
+            return fused(units, source.rectified, weights, addend)
+        _, *layers, norm = self  # the ReLU that the chain begins with is done
+        x = source.copies
+        for layer in layers:
+            x = layer(x)
+        return norm(x, weights, addend)
 
 
 class MergedConv(nn.Module):
@@ -176,9 +140,9 @@ class MergedConv(nn.Module):
         super().__init__()
         self.op = MergedChain([single.op for single in copies])
 
-    def forward(self, x: Tensor, weights: Tensor, addend: Tensor | None = None) -> Tensor:
-        """From k times ReLU(x), [B, k C, H, W], and weights [k C] -> [B, k C, H', W']."""
-        return self.op(x, weights, addend)
+    def forward(self, source: Source, weights: Tensor, addend: Tensor | None = None) -> Tensor:
+        """Weighted outputs [B, k C, H', W']; weights [k C]."""
+        return self.op(source, weights, addend)
 
 
 class MergedReduce(nn.Module):
@@ -187,13 +151,13 @@ class MergedReduce(nn.Module):
     def __init__(self, copies: Sequence[FactorizedReduce]) -> None:
         super().__init__()
         self.num_edges = len(copies)
-        self.conv_1 = _merge_convolutions([single.conv_1 for single in copies])
-        self.conv_2 = _merge_convolutions([single.conv_2 for single in copies])
+        self.conv_1 = _merge_outputs([single.conv_1 for single in copies])
+        self.conv_2 = _merge_outputs([single.conv_2 for single in copies])
         self.bn = _merge_batch_norms([single.bn for single in copies])
 
-    def forward(self, x: Tensor, weights: Tensor, addend: Tensor | None = None) -> Tensor:
-        """[B, k C, H, W], k times ReLU(x), and weights [k C] -> [B, k C, H', W']."""
-        branches = [self.conv_1(x), self.conv_2(shifted(x))]
+    def forward(self, source: Source, weights: Tensor, addend: Tensor | None = None) -> Tensor:
+        """Weighted outputs [B, k C, H', W']; weights [k C]."""
+        branches = [self.conv_1(source.rectified), self.conv_2(shifted(source.rectified))]
         # Each edge's channels are together: the first edge's two halves come first.
         halves = zip(*(branch.chunk(self.num_edges, dim=1) for branch in branches), strict=True)
         return self.bn(
@@ -201,22 +165,18 @@ class MergedReduce(nn.Module):
         )
 
 
-class ReadsSource:
-    """Marks a merged operation that reads x itself and not k times ReLU(x)."""
-
-
-class NormalizedPool(ReadsSource, nn.Sequential):
+class NormalizedPool(nn.Sequential):
     """A pool and its BatchNorm, whose running statistics are those of k edges, [k C]."""
 
     def __init__(self, pool: Pool, channels: int, num_edges: int) -> None:
         super().__init__(pool, MergedBatchNorm(channels * num_edges, num_edges))
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, weights: Tensor, addend: Tensor | None = None
+        self, source: Source, weights: Tensor, addend: Tensor | None = None
     ) -> Tensor:
         """In evaluation, by each edge's running statistics: [B, k C, H', W']; weights [k C]."""
         pool, norm = self
-        return norm(pool(x).repeat(1, len(weights) // x.shape[1], 1, 1), weights, addend)
+        return norm(pool(source.x).repeat(1, source.num_edges, 1, 1), weights, addend)
 
 
 def normalized_pools(pools: Sequence[NormalizedPool], x: Tensor) -> list[Tensor]:
@@ -242,12 +202,12 @@ def normalized_pools(pools: Sequence[NormalizedPool], x: Tensor) -> list[Tensor]
     return list(normalized.chunk(len(pools), dim=1))
 
 
-class PerEdge(ReadsSource, nn.ModuleList):
+class PerEdge(nn.ModuleList):
     """k copies of an operation for which there is no merged form, one after the other."""
 
-    def forward(self, x: Tensor, weights: Tensor, addend: Tensor | None = None) -> Tensor:
-        """Weighted outputs [B, k C, H', W'] of x [B, C, H, W]; weights [k C]."""
-        outputs = torch.cat([operation(x) for operation in self], dim=1)
+    def forward(self, source: Source, weights: Tensor, addend: Tensor | None = None) -> Tensor:
+        """Weighted outputs [B, k C, H', W']; weights [k C]."""
+        outputs = torch.cat([operation(source.x) for operation in self], dim=1)
         return add(outputs * weights[:, None, None], addend)
 
 
@@ -291,9 +251,15 @@ def _merge_batch_norms(copies: Sequence[nn.BatchNorm2d]) -> MergedBatchNorm:
 
 def _merge_convolutions(copies: Sequence[nn.Conv2d]) -> nn.Conv2d:
     """One convolution in k times as many groups: each edge's channels see their own alone."""
-    merged = copy.deepcopy(copies[0])
+    merged = _merge_outputs(copies)
     merged.in_channels *= len(copies)
-    merged.out_channels *= len(copies)
     merged.groups *= len(copies)
+    return merged
+
+
+def _merge_outputs(copies: Sequence[nn.Conv2d]) -> nn.Conv2d:
+    """One convolution with k times as many outputs, of what all copies read."""
+    merged = copy.deepcopy(copies[0])
+    merged.out_channels *= len(copies)
     merged.weight = nn.Parameter(torch.cat([single.weight.detach() for single in copies]))
     return merged

@@ -16,10 +16,9 @@ from dartsl.networks.layout import check_sizes, preprocess_previous_previous, re
 from dartsl.networks.merged import (
     MergedBatchNorm,
     NormalizedPool,
-    ReadsSource,
+    Source,
     merged_operation,
     normalized_pools,
-    rectified_copies,
 )
 from dartsl.networks.regions import recomputed
 from dartsl.networks.relaxation import Softmax
@@ -85,15 +84,13 @@ class MixedOperation(nn.Module):
         self, x: Tensor, operations: Sequence[nn.Module], columns: Sequence[Tensor]
     ) -> Tensor:
         """Sum [B, k C, H', W'] of the operations on x [B, C, H, W], weighted by columns [k]."""
-        readers = [op for op in operations if not isinstance(op, ReadsSource)]
-        copies = rectified_copies(x, self.num_edges, len(readers)) if readers else ()
-        rectified = dict(zip(readers, copies, strict=True))
+        source = Source(x, self.num_edges)
         # Each edge's weight once for every channel. Not an expanded view: the gradients of a
         # BatchNorm are NaN where its weight has stride 0.
         rows = torch.stack(list(columns)).repeat_interleave(x.shape[1], dim=1).unbind()
         total: Tensor | None = None
         for operation, row in zip(operations, rows, strict=True):
-            total = operation(rectified.get(operation, x), row, total)
+            total = operation(source, row, total)
         return cast(Tensor, total)
 
 

@@ -1,0 +1,249 @@
+"""Separable convolutions with their BatchNorm as one operation, which is fast on a CPU.
+
+Shapes: B images, C channels, H x W pixels, G groups of I inputs and O outputs.
+
+A CPU waits for its memory. One after the other, a depthwise convolution, a pointwise one, BatchNorm
+and ReLU pass over their maps many times; `dartsl.native` passes over them few times and keeps half
+as many. The function is the same, and where it cannot be used the modules compute it.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dartsl.depthwise import DepthwiseConv2d, depthwise_conv2d
+from dartsl.native import build
+from dartsl.native.separable import KERNELS
+
+
+class Unit(NamedTuple):
+    """A depthwise convolution, a pointwise one and BatchNorm: modules that follow each other.
+
+    The norm may be any module with the attributes of `nn.BatchNorm2d`.
+    """
+
+    depthwise: DepthwiseConv2d
+    pointwise: nn.Conv2d
+    norm: Any
+
+
+def units_of(chain: Sequence[nn.Module]) -> list[Unit]:
+    """The units of a chain of ReLU and unit, again and again; none if it is another chain."""
+    units = [Unit(*chain[first : first + 3]) for first in range(1, len(chain) - 2, 4)]
+    fits = len(chain) == 4 * len(units) and all(isinstance(m, nn.ReLU) for m in chain[::4])
+    return units if fits and all(map(_is_unit, units)) else []
+
+
+def _is_unit(unit: Unit) -> bool:
+    return (
+        isinstance(unit.depthwise, DepthwiseConv2d)
+        and unit.depthwise.kernel_size[0] in KERNELS
+        and isinstance(unit.pointwise, nn.Conv2d)
+        and unit.pointwise.kernel_size == unit.pointwise.stride == (1, 1)
+        and unit.pointwise.padding == (0, 0)
+        and unit.pointwise.bias is None
+        and hasattr(unit.norm, "running_var")
+    )
+
+
+def can_fuse(units: Sequence[Unit], x: Tensor) -> bool:
+    """Whether `fused` takes x [B, G I, H, W], or [B, I, H, W] for all groups, in this place."""
+    return (
+        bool(units)
+        and x.device.type == "cpu"
+        and x.dtype in build.SUFFIXES
+        # Autocast chooses a precision for each of the modules.
+        and not torch.is_autocast_enabled("cpu")
+        and build.is_built()
+        and _several_pixels(units[0], x)
+        and x.shape[1] in (units[0].pointwise.weight.shape[1], len(units[0].depthwise.weight))
+        and all(_fits(unit, x) for unit in units)
+    )
+
+
+def _several_pixels(unit: Unit, x: Tensor) -> bool:
+    """Whether there is more than one output in a channel: one cannot be normalized."""
+    stride = unit.depthwise.stride[0]
+    return x.shape[0] * -(-x.shape[2] // stride) * -(-x.shape[3] // stride) > 1
+
+
+def _fits(unit: Unit, x: Tensor) -> bool:
+    norm = unit.norm
+    return (
+        unit.depthwise.weight.dtype == unit.pointwise.weight.dtype == x.dtype
+        and norm.training
+        and norm.running_var is not None
+        and norm.momentum is not None
+        and not getattr(norm, "synchronized", False)
+    )
+
+
+def fused(
+    units: Sequence[Unit], x: Tensor, scale: Tensor | None = None, addend: Tensor | None = None
+) -> Tensor:
+    """What the units give in training, one after the other, with ReLUs between them.
+
+    Args:
+        units: see `can_fuse`.
+        x: [B, G I, H, W], or [B, I, H, W] for all groups; rectified already.
+        scale: weight of the last BatchNorm, [G O], where it has none of its own.
+        addend: is added to the output, [B, G O, H', W'].
+
+    Returns:
+        [B, G O, H', W'].
+    """
+    for unit in units:
+        depthwise, pointwise, norm = unit
+        last = unit is units[-1]
+        if isinstance(norm, nn.BatchNorm2d) and norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+        x = normalized_separable(
+            x,
+            depthwise.weight,
+            pointwise.weight,
+            norm.running_mean,
+            norm.running_var,
+            scale if last and norm.weight is None else norm.weight,
+            norm.bias,
+            addend if last else None,
+            depthwise.stride[0],
+            depthwise.dilation[0],
+            norm.momentum,
+            norm.eps,
+            rectify=not last,
+        )
+    return x
+
+
+def normalized_separable(
+    x: Tensor,
+    depthwise: Tensor,
+    pointwise: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    addend: Tensor | None = None,
+    stride: int = 1,
+    dilation: int = 1,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    rectify: bool = False,
+) -> Tensor:
+    """`relu(batch_norm(conv2d(depthwise_conv2d(x)))) + addend` in training, in C.
+
+    Args:
+        x: [B, G I, H, W], or [B, I, H, W] that all groups read.
+        depthwise: weight of the depthwise convolution, [G I, 1, K, K].
+        pointwise: weight of the pointwise convolution, [G O, I, 1, 1].
+        running_mean: of the BatchNorm, [G O]; it follows the batch's.
+        running_var: the same of the variance.
+        scale: the weight of the BatchNorm, [G O]; None for 1.
+        bias: of the BatchNorm, [G O]; None for 0.
+        addend: [B, G O, ceil(H / stride), ceil(W / stride)]; None for 0.
+        stride: of the depthwise convolution, 1 or 2.
+        dilation: of the depthwise convolution, 1 or 2.
+        momentum: of the running statistics.
+        eps: is added to the variance.
+        rectify: whether a ReLU comes after the BatchNorm.
+
+    Returns:
+        [B, G O, ceil(H / stride), ceil(W / stride)].
+    """
+    output, statistics = NormalizedSeparable.apply(
+        x, depthwise, pointwise, scale, bias, addend, stride, dilation, eps, rectify
+    )
+    mean, _, var = statistics.unbind()
+    torch._foreach_lerp_([running_mean, running_var], [mean, var], momentum)
+    return output
+
+
+class NormalizedSeparable(torch.autograd.Function):
+    """`normalized_separable` with the statistics of the batch; see `dartsl.native.separable`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        depthwise: Tensor,
+        pointwise: Tensor,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        addend: Tensor | None,
+        stride: int,
+        dilation: int,
+        eps: float,
+        rectify: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Output [B, G O, H', W'] and statistics [3, G O]."""
+        output, y, statistics = torch.ops.dartsl.normalized_separable(
+            x, depthwise, pointwise, scale, bias, addend, stride, dilation, eps, rectify
+        )
+        ctx.save_for_backward(x, depthwise, pointwise, scale, bias, y, statistics)
+        ctx.options = stride, dilation, eps, rectify
+        ctx.mark_non_differentiable(statistics)
+        ctx.set_materialize_grads(False)
+        return output, statistics
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        """Gradients of x, the weights, scale, bias and addend, as far as they are wanted."""
+        gradient, _ = gradients
+        if gradient is None:
+            return (None,) * 10
+        *inputs, y, statistics = ctx.saved_tensors
+        *wanted, addend_wanted = ctx.needs_input_grad[:6]
+        found: Sequence[Tensor | None]
+        if not any(wanted):
+            found = [None] * len(wanted)
+        elif torch.is_grad_enabled():
+            found = _differentiable_gradients(gradient, inputs, ctx.options, wanted)
+        else:
+            stride, dilation, _, rectify = ctx.options
+            found = torch.ops.dartsl.normalized_separable_backward(
+                gradient, *inputs, y, statistics, stride, dilation, rectify, wanted
+            )
+        of_inputs = (single if want else None for single, want in zip(found, wanted, strict=True))
+        return *of_inputs, gradient if addend_wanted else None, None, None, None, None
+
+
+def _differentiable_gradients(
+    gradient: Tensor, inputs: Sequence[Tensor | None], options: Any, wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients of x, the weights, scale and bias, by functions that know theirs."""
+    # Views: the gradients end here, even where one of the inputs is made from another.
+    ends = [
+        tensor.view_as(tensor) if tensor is not None and want else tensor
+        for tensor, want in zip(inputs, wanted, strict=True)
+    ]
+    found = torch.autograd.grad(
+        _formula(*ends, *options),
+        [end for end, want in zip(ends, wanted, strict=True) if want],
+        gradient,
+        create_graph=True,
+    )
+    remaining = iter(found)
+    return [next(remaining) if want else None for want in wanted]
+
+
+def _formula(
+    x: Tensor,
+    depthwise: Tensor,
+    pointwise: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    stride: int,
+    dilation: int,
+    eps: float,
+    rectify: bool,
+) -> Tensor:
+    """`normalized_separable` without addend and running statistics, by PyTorch's functions."""
+    groups = len(depthwise) // pointwise.shape[1]
+    if x.shape[1] < len(depthwise):
+        x = torch.cat([x] * groups, dim=1)
+    y = F.conv2d(depthwise_conv2d(x, depthwise, stride, dilation), pointwise, groups=groups)
+    output = F.batch_norm(y, None, None, scale, bias, True, 0.0, eps)
+    return F.relu(output) if rectify else output
