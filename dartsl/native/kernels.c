@@ -43,12 +43,13 @@ static int64_t first_pixel(const Parts *parts, int64_t part) {
     return first_image(parts, part) * parts->pixels;
 }
 
-/* A vector that begins in the buffer may reach past its last number. */
+/* Room for so many bytes; a vector that begins in it may reach past its end. */
+static void *memory(int64_t bytes) { return aligned_alloc(64, (size_t)(bytes / 64 + 2) * 64); }
+
 static void *zeros(int64_t bytes) {
-    size_t rounded = (size_t)(bytes / 64 + 2) * 64;
-    void *buffer = aligned_alloc(64, rounded);
-    if (buffer != NULL) memset(buffer, 0, rounded);
-    return buffer;
+    void *room = memory(bytes);
+    if (room != NULL) memset(room, 0, (size_t)(bytes / 64 + 2) * 64);
+    return room;
 }
 
 /* Joins mean and sum of squared deviations of n numbers to those of `before` numbers (Chan et al.,

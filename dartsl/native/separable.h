@@ -75,7 +75,7 @@ static void NAME(depthwise_rows)(const Separable *s, const NAME(Geometry) * g, c
         }
 }
 
-/* Everything that a part of the batch needs for itself. */
+/* What a thread needs for itself. */
 typedef struct {
     Vector *planes, *depthwise, *gradients, *spread, *row;
     REAL *gy;
@@ -85,12 +85,12 @@ static int NAME(get_room)(const Separable *s, const NAME(Geometry) * g, int back
                           NAME(Room) * room) {
     int64_t vectors = s->groups * g->blocks, pixels = g->rows * g->out_width;
     room->planes = zeros(s->sources * g->blocks * g->plane * BYTES);
-    room->depthwise = zeros(pixels * vectors * BYTES);
+    room->depthwise = memory(pixels * vectors * BYTES);
     room->gradients = zeros(backward ? vectors * g->g_plane * BYTES : 0);
     int64_t apart = backward && g->stride > 1;
-    room->spread = zeros(apart ? s->sources * g->blocks * g->plane * BYTES : 0);
-    room->row = zeros(backward ? g->width * BYTES : 0);
-    room->gy = zeros(backward ? pixels * s->groups * s->outputs * (int64_t)sizeof(REAL) : 0);
+    room->spread = memory(apart ? s->sources * g->blocks * g->plane * BYTES : 0);
+    room->row = memory(backward ? g->width * BYTES : 0);
+    room->gy = memory(backward ? pixels * s->groups * s->outputs * (int64_t)sizeof(REAL) : 0);
     return room->planes && room->depthwise && room->gradients && room->spread && room->row &&
            room->gy;
 }
@@ -143,13 +143,15 @@ int NAME(separable)(const Separable *s, double eps, const REAL *x, const REAL *d
             for (int64_t i = 0; i < inputs; i++)
                 turned[(c / outputs * inputs + i) * outputs + c % outputs] =
                     pointwise[c * inputs + i];
-#pragma omp parallel for num_threads((int)s->threads) schedule(static) reduction(| : failed)
-        for (int64_t part = 0; part < parts.number; part++) {
+#pragma omp parallel num_threads((int)s->threads) reduction(| : failed)
+        {
             NAME(Room) room;
             failed |= !NAME(get_room)(s, &g, 0, &room);
-            if (!failed)
-                NAME(convolve_part)(s, &g, &parts, part, x, kernels, turned, &room, y,
-                                    moments + part * 2 * channels);
+#pragma omp for schedule(static)
+            for (int64_t part = 0; part < parts.number; part++)
+                if (!failed)
+                    NAME(convolve_part)(s, &g, &parts, part, x, kernels, turned, &room, y,
+                                        moments + part * 2 * channels);
             NAME(free_room)(&room);
         }
     }
@@ -234,11 +236,36 @@ static void NAME(through_depthwise)(const Separable *s, const NAME(Geometry) * g
         }
 }
 
-/* What the parts of a batch add to the gradients of the weights. */
-typedef struct {
-    Vector *depthwise; /* [G, blocks, K, K] */
-    REAL *pointwise;   /* [G, I, O] */
-} NAME(Shares);
+/* The gradient of x of a part of the batch, and what the part adds to those of the weights, [G, blocks,
+ * K, K] and [G, I, O]; each may be NULL, but the weights' are together. */
+static void NAME(differentiate_part)(const Separable *s, const NAME(Geometry) * g,
+                                     const Parts *parts, int64_t part, const NAME(Norm) * norm,
+                                     const REAL *gradient, const REAL *x, const REAL *y,
+                                     const Vector *kernels, const Vector *flipped,
+                                     const REAL *pointwise, NAME(Room) * room, REAL *gx,
+                                     Vector *of_depthwise, REAL *of_pointwise) {
+    int64_t vectors = s->groups * g->blocks, taps = s->kernel * s->kernel;
+    int64_t image = s->height * s->width * s->sources * s->inputs;
+    for (int64_t b = first_image(parts, part); b < first_image(parts, part + 1); b++) {
+        int64_t begin = b * parts->pixels * s->groups * s->outputs;
+        if (of_depthwise) NAME(read_image)(s, g, x, b, room->planes);
+        NAME(through_pointwise)(s, g, norm, gradient + begin, y + begin, kernels, pointwise, room,
+                                of_pointwise);
+        for (int64_t v = 0; v < (of_depthwise ? vectors : 0); v++)
+            NAME(weigh_plane)(s->kernel, g->stride, g->dilation,
+                              room->planes + (s->sources == 1 ? v % g->blocks : v) * g->plane,
+                              g->pitch,
+                              room->gradients + v * g->g_plane + g->g_border * (g->g_pitch + 1),
+                              g->g_pitch, g->out_height, g->out_width, of_depthwise + v * taps);
+        if (gx) NAME(through_depthwise)(s, g, flipped, room, gx + b * image);
+    }
+}
+
+/* Adds all parts of so many numbers to the first. */
+static void NAME(add_parts)(int64_t parts, int64_t size, REAL *numbers) {
+    for (int64_t part = 1; part < parts; part++)
+        for (int64_t n = 0; n < size; n++) numbers[n] += numbers[part * size + n];
+}
 
 /* Gradients of x, depthwise and pointwise weight, scale and bias; each may be NULL where it is not
  * wanted, but the two weights' go together. `gradient` is that of out. */
@@ -271,44 +298,32 @@ int NAME(separable_backward)(const Separable *s, const REAL *gradient, const REA
     }
     NAME(add_up)(&norm, &parts, sums, gscale, gbias);
     if (gx == NULL && !weighs) goto end;
-#pragma omp parallel for num_threads((int)s->threads) schedule(static) reduction(| : failed)
-    for (int64_t part = 0; part < parts.number; part++) {
+#pragma omp parallel num_threads((int)s->threads) reduction(| : failed)
+    {
         NAME(Room) room;
         failed |= !NAME(get_room)(s, &g, 1, &room);
-        for (int64_t b = first_image(&parts, part); b < first_image(&parts, part + 1); b++) {
-            if (failed) break;
-            int64_t begin = b * parts.pixels * channels;
-            if (weighs) NAME(read_image)(s, &g, x, b, room.planes);
-            NAME(through_pointwise)(s, &g, &norm, gradient + begin, y + begin, kernels, weights,
-                                    &room, weighs ? of_pointwise + part * size : NULL);
-            for (int64_t v = 0; v < (weighs ? vectors : 0); v++)
-                NAME(weigh_plane)(s->kernel, g.stride, g.dilation,
-                                  room.planes + (s->sources == 1 ? v % g.blocks : v) * g.plane,
-                                  g.pitch,
-                                  room.gradients + v * g.g_plane + g.g_border * (g.g_pitch + 1),
-                                  g.g_pitch, g.out_height, g.out_width,
-                                  of_depthwise + (part * vectors + v) * taps);
-            if (gx)
-                NAME(through_depthwise)(s, &g, flipped, &room,
-                                        gx + b * s->height * s->width * s->sources * inputs);
-        }
+#pragma omp for schedule(static)
+        for (int64_t part = 0; part < parts.number; part++)
+            if (!failed)
+                NAME(differentiate_part)(s, &g, &parts, part, &norm, gradient, x, y, kernels,
+                                         flipped, weights, &room, gx,
+                                         weighs ? of_depthwise + part * vectors * taps : NULL,
+                                         weighs ? of_pointwise + part * size : NULL);
         NAME(free_room)(&room);
     }
-    for (int64_t c = 0; c < (weighs ? s->groups * inputs : 0); c++)
-        for (int64_t t = 0; t < taps; t++) {
-            int64_t i = c % inputs, block = c / inputs * g.blocks + i / LANES;
-            REAL sum = 0;
-            for (int64_t part = 0; part < parts.number; part++)
-                sum += of_depthwise[(part * vectors + block) * taps + t][i % LANES];
-            gdepthwise[c * taps + t] = sum;
-        }
-    for (int64_t c = 0; c < (weighs ? channels : 0); c++)
-        for (int64_t i = 0; i < inputs; i++) {
-            const REAL *from = of_pointwise + (c / outputs * inputs + i) * outputs + c % outputs;
-            double sum = 0;
-            for (int64_t part = 0; part < parts.number; part++) sum += (double)from[part * size];
-            gpointwise[c * inputs + i] = (REAL)sum;
-        }
+    if (weighs && !failed) {
+        NAME(add_parts)(parts.number, vectors * taps * LANES, (REAL *)of_depthwise);
+        NAME(add_parts)(parts.number, size, of_pointwise);
+        for (int64_t c = 0; c < s->groups * inputs; c++)
+            for (int64_t t = 0; t < taps; t++)
+                gdepthwise[c * taps + t] =
+                    of_depthwise[(c / inputs * g.blocks + c % inputs / LANES) * taps + t]
+                                [c % inputs % LANES];
+        for (int64_t c = 0; c < channels; c++)
+            for (int64_t i = 0; i < inputs; i++)
+                gpointwise[c * inputs + i] =
+                    of_pointwise[(c / outputs * inputs + i) * outputs + c % outputs];
+    }
 end:
     free(kernels), free(flipped), free(of_depthwise), free(of_pointwise), free(weights);
     free(room_of_norm), free(sums);
