@@ -31,6 +31,7 @@ from dartsl.depthwise import DepthwiseConv2d
 from dartsl.genotype import published
 from dartsl.networks import FinalNetwork
 from dartsl.networks.regions import compile_regions
+from dartsl.operations import SeparableChain
 
 
 class Step:
@@ -62,11 +63,13 @@ class Step:
 
 
 def literal(network: FinalNetwork) -> FinalNetwork:
-    """The same network in NCHW with PyTorch's own gradients of depthwise convolutions."""
+    """The same network in NCHW, a module after the other, with PyTorch's own gradients."""
     plain = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
     for module in plain.modules():
         if isinstance(module, DepthwiseConv2d):
             module.forward = super(DepthwiseConv2d, module).forward  # type: ignore[method-assign]
+        if isinstance(module, SeparableChain):
+            module.forward = super(SeparableChain, module).forward  # type: ignore[method-assign]
     plain.memory_format = torch.contiguous_format
     return plain
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dartsl.depthwise import DepthwiseConv2d
+from dartsl.separable import can_fuse, fused, units_of
 
 
 class Zero(nn.Module):
@@ -97,12 +98,30 @@ def shifted(x: Tensor) -> Tensor:
     return x[:, :, 1:, 1:]
 
 
+class SeparableChain(nn.Sequential):
+    """ReLU, depthwise, pointwise, BatchNorm, once or several times: one layer after the other.
+
+    On a CPU, in training, the layers that follow each other are one operation (`dartsl.separable`).
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, ceil(H / stride), ceil(W / stride)]."""
+        relu, *layers = self
+        x = relu(input)
+        units = units_of(list(self))
+        if can_fuse(units, x):
+            return fused(units, x)
+        for layer in layers:
+            x = layer(x)
+        return x
+
+
 class SeparableConv(nn.Module):
     """ReLU, depthwise, pointwise, BatchNorm, applied twice; the stride is in the first."""
 
     def __init__(self, channels: int, kernel_size: int, stride: int, affine: bool) -> None:
         super().__init__()
-        self.op = nn.Sequential(
+        self.op = SeparableChain(
             *_separable(channels, kernel_size, stride, dilation=1, affine=affine),
             *_separable(channels, kernel_size, 1, dilation=1, affine=affine),
         )
@@ -117,7 +136,7 @@ class DilatedConv(nn.Module):
 
     def __init__(self, channels: int, kernel_size: int, stride: int, affine: bool) -> None:
         super().__init__()
-        self.op = nn.Sequential(
+        self.op = SeparableChain(
             *_separable(channels, kernel_size, stride, dilation=2, affine=affine)
         )
 

@@ -10,48 +10,74 @@
  *
  * with factor = scale / sqrt(var + eps), where g is the gradient of out, 0 where ReLU's output is.
  */
-#define BLOCK 64 /* pixels, and */
-#define WIDTH 64 /* channels that are summed in one precision before they join the others */
+#define BLOCK 64 /* pixels that are summed in one precision before they join the others */
 
+/* By channel, and room for a vector behind the last one. */
 typedef struct {
     int64_t channels, rectify;
-    const REAL *mean, *inverse_std;
-    REAL *factor, *shift; /* out = factor y + shift */
-    REAL *slope, *offset; /* dy = slope (y - mean) + factor g + offset */
+    const REAL *inverse_std;
+    REAL *mean, *factor, *shift; /* out = factor y + shift */
+    REAL *slope, *offset;        /* dy = slope (y - mean) + factor g + offset */
 } NAME(Norm);
 
-/* A norm by statistics [2, C], mean and 1 / sqrt(var + eps); `room` is for four times C numbers.
- * scale and bias may be NULL. */
+/* A norm by statistics [2, C], mean and 1 / sqrt(var + eps). scale and bias may be NULL. `room` is for
+ * `size_of_norm` bytes. */
+static int64_t NAME(size_of_norm)(int64_t channels) {
+    return 5 * (channels + LANES) * (int64_t)sizeof(REAL);
+}
+
 static NAME(Norm) NAME(norm)(int64_t channels, int64_t rectify, const REAL *statistics,
                              const REAL *scale, const REAL *bias, REAL *room) {
-    NAME(Norm) norm = {channels, rectify, statistics, statistics + channels,
-                       room, room + channels, room + 2 * channels, room + 3 * channels};
+    int64_t step = channels + LANES;
+    NAME(Norm) norm = {channels,    rectify,         statistics + channels, room,
+                       room + step, room + 2 * step, room + 3 * step,       room + 4 * step};
     for (int64_t c = 0; c < channels; c++) {
+        norm.mean[c] = statistics[c];
         norm.factor[c] = norm.inverse_std[c] * (scale ? scale[c] : 1);
         norm.shift[c] = (bias ? bias[c] : 0) - norm.mean[c] * norm.factor[c];
     }
     return norm;
 }
 
+/* g where ReLU lets the output pass, and 0 elsewhere; NaN passes. */
+static inline __attribute__((always_inline)) Vector NAME(passed)(Vector output, Vector g) {
+    return (Vector)((Mask)g & ~(output <= 0));
+}
+
+/* Calls one of the functions below for a vector of channels after the other. Where the last is not
+ * full, it begins earlier: so many channels that were done before are skipped in sums. Only where there
+ * are less channels than a vector has, `lanes` is not the constant LANES. */
+#define BY_VECTOR(channels, function, ...)                                              \
+    for (int64_t next = 0; next < (channels); next += LANES) {                          \
+        int64_t first = next <= (channels) - LANES ? next : (channels) - LANES;         \
+        if (first >= 0) NAME(function)(__VA_ARGS__, first, next - first, LANES);        \
+        else NAME(function)(__VA_ARGS__, 0, 0, channels);                               \
+    }
+
+static inline __attribute__((always_inline)) void NAME(moments_of)(
+    int64_t n, int64_t channels, const REAL *y, int64_t before, double *moments, int64_t first,
+    int64_t skipped, int64_t lanes) {
+    Vector mean = {0}, rest = {0}, square = {0}, value = {0};
+    for (int64_t p = 0; p < n; p++) {
+        NAME(copy)(&value, y + p * channels + first, lanes);
+        mean += value;
+    }
+    mean /= (REAL)n;
+    for (int64_t p = 0; p < n; p++) {
+        NAME(copy)(&value, y + p * channels + first, lanes);
+        value -= mean;
+        rest += value; /* 0 but for the rounding of the mean */
+        square += value * value;
+    }
+    for (int64_t l = skipped; l < lanes; l++)
+        join(moments + first + l, moments + channels + first + l, (double)before,
+             (double)mean[l] + (double)rest[l] / (double)n, (double)square[l], (double)n);
+}
+
 /* Joins n pixels of y [n, C] to the mean and the squared deviations [2, C] of those before. */
 static void NAME(add_moments)(int64_t n, int64_t channels, const REAL *y, int64_t before,
                               double *moments) {
-    for (int64_t c = 0; c < channels; c += WIDTH) {
-        int64_t width = least(channels - c, WIDTH);
-        REAL mean[WIDTH] = {0}, rest[WIDTH] = {0}, square[WIDTH] = {0};
-        for (int64_t p = 0; p < n; p++)
-            for (int64_t l = 0; l < width; l++) mean[l] += y[p * channels + c + l];
-        for (int64_t l = 0; l < width; l++) mean[l] /= (REAL)n;
-        for (int64_t p = 0; p < n; p++)
-            for (int64_t l = 0; l < width; l++) {
-                REAL deviation = y[p * channels + c + l] - mean[l];
-                rest[l] += deviation; /* 0 but for the rounding of the mean */
-                square[l] += deviation * deviation;
-            }
-        for (int64_t l = 0; l < width; l++)
-            join(moments + c + l, moments + channels + c + l, (double)before,
-                 (double)mean[l] + (double)rest[l] / (double)n, (double)square[l], (double)n);
-    }
+    BY_VECTOR(channels, moments_of, n, channels, y, before, moments)
 }
 
 /* Statistics [3, C] of y: mean, 1 / sqrt(var + eps), variance without bias; from the parts' moments,
@@ -72,50 +98,56 @@ static void NAME(summarize)(const Parts *parts, int64_t channels, double eps,
     }
 }
 
+static inline __attribute__((always_inline)) void NAME(normal_of)(
+    const NAME(Norm) * norm, int64_t n, const REAL *y, const REAL *addend, REAL *out, int64_t first,
+    int64_t skipped, int64_t lanes) {
+    (void)skipped;
+    Vector factor = NAME(load)(norm->factor + first), shift = NAME(load)(norm->shift + first);
+    Vector value = {0}, other = {0};
+    for (int64_t p = 0, at = first; p < n; p++, at += norm->channels) {
+        NAME(copy)(&value, y + at, lanes);
+        value = value * factor + shift;
+        if (norm->rectify) value = NAME(passed)(value, value);
+        if (addend) NAME(copy)(&other, addend + at, lanes), value += other;
+        NAME(copy)(out + at, &value, lanes);
+    }
+}
+
 /* out of n pixels. The addend may be NULL. */
 static void NAME(normalize)(const NAME(Norm) * norm, int64_t n, const REAL *y, const REAL *addend,
                             REAL *out) {
-    int64_t channels = norm->channels;
-    const REAL *factor = norm->factor, *shift = norm->shift;
-    for (int64_t p = 0; p < n; p++, y += channels, out += channels) {
-        for (int64_t c = 0; c < channels; c++) out[c] = y[c] * factor[c] + shift[c];
-        if (norm->rectify)
-            for (int64_t c = 0; c < channels; c++) out[c] = out[c] < 0 ? 0 : out[c]; /* NaN stays */
-        if (addend)
-            for (int64_t c = 0; c < channels; c++) out[c] += addend[p * channels + c];
+    for (int64_t begin = 0; begin < n; begin += BLOCK) {
+        int64_t at = begin * norm->channels, some = least(n - begin, BLOCK);
+        BY_VECTOR(norm->channels, normal_of, norm, some, y + at, addend ? addend + at : NULL,
+                  out + at)
+    }
+}
+
+static inline __attribute__((always_inline)) void NAME(sums_of)(
+    const NAME(Norm) * norm, int64_t n, const REAL *gradient, const REAL *y, double *sums,
+    int64_t first, int64_t skipped, int64_t lanes) {
+    Vector factor = NAME(load)(norm->factor + first), shift = NAME(load)(norm->shift + first);
+    Vector mean = NAME(load)(norm->mean + first), value = {0}, g = {0}, sum = {0}, product = {0};
+    for (int64_t p = 0, at = first; p < n; p++, at += norm->channels) {
+        NAME(copy)(&value, y + at, lanes);
+        NAME(copy)(&g, gradient + at, lanes);
+        if (norm->rectify) g = NAME(passed)(value * factor + shift, g);
+        sum += g;
+        product += g * (value - mean);
+    }
+    for (int64_t l = skipped; l < lanes; l++) {
+        sums[first + l] += (double)sum[l];
+        sums[norm->channels + first + l] += (double)product[l];
     }
 }
 
 /* Adds sum(g) and sum(g (y - mean)) of n pixels to the sums [2, C]. */
 static void NAME(add_sums)(const NAME(Norm) * norm, int64_t n, const REAL *gradient, const REAL *y,
                            double *sums) {
-    int64_t channels = norm->channels;
-    REAL a[WIDTH], b[WIDTH];
-    for (int64_t begin = 0; begin < n; begin += BLOCK)
-        for (int64_t start = 0; start < channels; start += WIDTH) {
-            int64_t end = least(n, begin + BLOCK), width = least(channels - start, WIDTH);
-            const REAL *factor = norm->factor + start, *shift = norm->shift + start;
-            const REAL *mean = norm->mean + start;
-            for (int64_t c = 0; c < width; c++) a[c] = b[c] = 0;
-            for (int64_t p = begin; p < end; p++) {
-                const REAL *from = y + p * channels + start, *g = gradient + p * channels + start;
-                if (norm->rectify)
-                    for (int64_t c = 0; c < width; c++) {
-                        REAL passed = from[c] * factor[c] + shift[c] <= 0 ? 0 : g[c];
-                        a[c] += passed;
-                        b[c] += passed * (from[c] - mean[c]);
-                    }
-                else
-                    for (int64_t c = 0; c < width; c++) {
-                        a[c] += g[c];
-                        b[c] += g[c] * (from[c] - mean[c]);
-                    }
-            }
-            for (int64_t c = 0; c < width; c++) {
-                sums[start + c] += (double)a[c];
-                sums[channels + start + c] += (double)b[c];
-            }
-        }
+    for (int64_t begin = 0; begin < n; begin += BLOCK) {
+        int64_t at = begin * norm->channels, some = least(n - begin, BLOCK);
+        BY_VECTOR(norm->channels, sums_of, norm, some, gradient + at, y + at, sums)
+    }
 }
 
 /* slope and offset of the gradient, and the gradients of scale and bias, which may be NULL, from the
@@ -138,22 +170,27 @@ static void NAME(add_up)(const NAME(Norm) * norm, const Parts *parts, const doub
     }
 }
 
+static inline __attribute__((always_inline)) void NAME(gradient_of)(
+    const NAME(Norm) * norm, int64_t n, const REAL *gradient, const REAL *y, REAL *to,
+    int64_t first, int64_t skipped, int64_t lanes) {
+    (void)skipped;
+    Vector factor = NAME(load)(norm->factor + first), shift = NAME(load)(norm->shift + first);
+    Vector mean = NAME(load)(norm->mean + first), slope = NAME(load)(norm->slope + first);
+    Vector offset = NAME(load)(norm->offset + first), value = {0}, g = {0};
+    for (int64_t p = 0, at = first; p < n; p++, at += norm->channels) {
+        NAME(copy)(&value, y + at, lanes);
+        NAME(copy)(&g, gradient + at, lanes);
+        if (norm->rectify) g = NAME(passed)(value * factor + shift, g);
+        value = slope * (value - mean) + factor * g + offset;
+        NAME(copy)(to + at, &value, lanes);
+    }
+}
+
 /* The gradient of y of n pixels. */
 static void NAME(gradient_of_y)(const NAME(Norm) * norm, int64_t n, const REAL *gradient,
                                 const REAL *y, REAL *to) {
-    int64_t channels = norm->channels;
-    const REAL *mean = norm->mean, *factor = norm->factor, *shift = norm->shift;
-    const REAL *slope = norm->slope, *offset = norm->offset;
-    for (; n > 0; n--, gradient += channels, y += channels, to += channels)
-        if (norm->rectify)
-            for (int64_t c = 0; c < channels; c++) {
-                REAL passed = y[c] * factor[c] + shift[c] <= 0 ? 0 : gradient[c];
-                to[c] = slope[c] * (y[c] - mean[c]) + factor[c] * passed + offset[c];
-            }
-        else
-            for (int64_t c = 0; c < channels; c++)
-                to[c] = slope[c] * (y[c] - mean[c]) + factor[c] * gradient[c] + offset[c];
+    BY_VECTOR(norm->channels, gradient_of, norm, n, gradient, y, to)
 }
 
+#undef BY_VECTOR
 #undef BLOCK
-#undef WIDTH

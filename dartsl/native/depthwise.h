@@ -22,22 +22,14 @@ static void NAME(pack)(const REAL *image, int64_t row, int64_t pixel, int64_t he
             Vector *to = planes + plane * size + (h + border) * pitch + border;
             const REAL *from = image + h * row + first;
             int64_t lanes = least(channels - first, LANES);
-            if (lanes == LANES)
-                for (int64_t w = 0; w < width; w++) memcpy(to + w, from + w * pixel, BYTES);
-            else
-                for (int64_t w = 0; w < width; w++)
-                    memcpy(to + w, from + w * pixel, (size_t)lanes * sizeof(REAL));
+            for (int64_t w = 0; w < width; w++) NAME(copy)(to + w, from + w * pixel, lanes);
         }
 }
 
 /* A row of a plane back into an image: the inverse of `pack`. */
 static void NAME(unpack)(const Vector *row, int64_t width, int64_t lanes, REAL *image,
                          int64_t pixel) {
-    if (lanes == LANES)
-        for (int64_t w = 0; w < width; w++) memcpy(image + w * pixel, row + w, BYTES);
-    else
-        for (int64_t w = 0; w < width; w++)
-            memcpy(image + w * pixel, row + w, (size_t)lanes * sizeof(REAL));
+    for (int64_t w = 0; w < width; w++) NAME(copy)(image + w * pixel, row + w, lanes);
 }
 
 /* `many` outputs of a row, or those added to it; x begins at the row's first tap. */

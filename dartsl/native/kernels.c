@@ -63,10 +63,11 @@ static void join(double *mean, double *squares, double before, double other, dou
 
 #define LANES ((int64_t)(BYTES / sizeof(REAL))) /* numbers in a vector */
 #define Vector NAME(Vector)
+#define Mask NAME(Mask)
 
 #define REAL float
 #define NAME(name) name##_float
-typedef REAL Vector __attribute__((vector_size(BYTES)));
+#include "vector.h"
 #include "batch_norm.h"
 #include "depthwise.h"
 #include "product.h"
@@ -76,7 +77,7 @@ typedef REAL Vector __attribute__((vector_size(BYTES)));
 
 #define REAL double
 #define NAME(name) name##_double
-typedef REAL Vector __attribute__((vector_size(BYTES)));
+#include "vector.h"
 #include "batch_norm.h"
 #include "depthwise.h"
 #include "product.h"

@@ -17,13 +17,8 @@ static inline __attribute__((always_inline)) void NAME(tile)(
     }
 #pragma GCC unroll 8
     for (int m = 0; m < rows; m++) {
-        REAL *to = c + m * c_row;
-        if (lanes < LANES) {
-            for (int64_t n = 0; n < lanes; n++) to[n] = sums[m][n] + (adding ? to[n] : 0);
-            continue;
-        }
-        if (adding) memcpy(&right, to, BYTES), sums[m] += right;
-        memcpy(to, &sums[m], BYTES);
+        if (adding) NAME(copy)(&right, c + m * c_row, lanes), sums[m] += right;
+        NAME(copy)(c + m * c_row, &sums[m], lanes);
     }
 }
 
@@ -35,9 +30,14 @@ static inline __attribute__((always_inline)) void NAME(product)(
     const int adding) {
     for (int64_t n = 0; n < columns; n += LANES, b += LANES, c += c_vector) {
         int64_t lanes = whole ? LANES : least(columns - n, LANES), m = 0;
+        if (lanes < LANES && n > 0 && !adding) /* the last vector, from earlier on */
+            b -= LANES - lanes, c -= LANES - lanes, lanes = LANES;
         for (; m + ROWS <= rows; m += ROWS)
             NAME(tile)(ROWS, lanes, depth, a + m * a_row, a_row, a_column, b, b_row, c + m * c_row,
                        c_row, adding);
+        for (; m + ROWS / 2 <= rows; m += ROWS / 2)
+            NAME(tile)(ROWS / 2, lanes, depth, a + m * a_row, a_row, a_column, b, b_row,
+                       c + m * c_row, c_row, adding);
         for (; m < rows; m++)
             NAME(tile)(1, lanes, depth, a + m * a_row, a_row, a_column, b, b_row, c + m * c_row,
                        c_row, adding);

@@ -134,7 +134,7 @@ int NAME(separable)(const Separable *s, double eps, const REAL *x, const REAL *d
     int64_t inputs = s->inputs, outputs = s->outputs, channels = s->groups * outputs;
     Vector *kernels = zeros(s->groups * g.blocks * s->kernel * s->kernel * BYTES);
     REAL *turned = zeros(channels * inputs * (int64_t)sizeof(REAL));
-    REAL *room_of_norm = zeros(4 * channels * (int64_t)sizeof(REAL));
+    REAL *room_of_norm = zeros(NAME(size_of_norm)(channels));
     double *moments = zeros(parts.number * 2 * channels * (int64_t)sizeof(double));
     int failed = !kernels || !turned || !room_of_norm || !moments;
     if (!failed) {
@@ -281,7 +281,7 @@ int NAME(separable_backward)(const Separable *s, const REAL *gradient, const REA
     Vector *kernels = zeros(vectors * taps * BYTES), *flipped = zeros(vectors * taps * BYTES);
     Vector *of_depthwise = zeros(weighs ? parts.number * vectors * taps * BYTES : 0);
     REAL *of_pointwise = zeros(weighs ? parts.number * size * real : 0);
-    REAL *weights = zeros(size * real), *room_of_norm = zeros(4 * channels * real);
+    REAL *weights = zeros(size * real), *room_of_norm = zeros(NAME(size_of_norm)(channels));
     double *sums = zeros(parts.number * 2 * channels * (int64_t)sizeof(double));
     int failed = !kernels || !flipped || !of_depthwise || !of_pointwise || !weights ||
                  !room_of_norm || !sums;
