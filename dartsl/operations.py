@@ -106,14 +106,8 @@ class SeparableChain(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, ceil(H / stride), ceil(W / stride)]."""
-        relu, *layers = self
-        x = relu(input)
         units = units_of(list(self))
-        if can_fuse(units, x):
-            return fused(units, x)
-        for layer in layers:
-            x = layer(x)
-        return x
+        return fused(units, input) if can_fuse(units, input) else super().forward(input)
 
 
 class SeparableConv(nn.Module):

@@ -20,26 +20,30 @@ from dartsl.native.separable import KERNELS
 
 
 class Unit(NamedTuple):
-    """A depthwise convolution, a pointwise one and BatchNorm: modules that follow each other.
+    """ReLU, a depthwise convolution, a pointwise one, BatchNorm: modules that follow each other.
 
     The norm may be any module with the attributes of `nn.BatchNorm2d`.
     """
 
+    relu: nn.ReLU
     depthwise: DepthwiseConv2d
     pointwise: nn.Conv2d
     norm: Any
 
 
 def units_of(chain: Sequence[nn.Module]) -> list[Unit]:
-    """The units of a chain of ReLU and unit, again and again; none if it is another chain."""
-    units = [Unit(*chain[first : first + 3]) for first in range(1, len(chain) - 2, 4)]
-    fits = len(chain) == 4 * len(units) and all(isinstance(m, nn.ReLU) for m in chain[::4])
-    return units if fits and all(map(_is_unit, units)) else []
+    """The units that a chain of modules is made of; none if there is anything else in it."""
+    layers = len(Unit._fields)
+    if len(chain) % layers:
+        return []
+    units = [Unit(*chain[first : first + layers]) for first in range(0, len(chain), layers)]
+    return units if all(map(_is_unit, units)) else []
 
 
 def _is_unit(unit: Unit) -> bool:
     return (
-        isinstance(unit.depthwise, DepthwiseConv2d)
+        isinstance(unit.relu, nn.ReLU)
+        and isinstance(unit.depthwise, DepthwiseConv2d)
         and unit.depthwise.kernel_size[0] in KERNELS
         and isinstance(unit.pointwise, nn.Conv2d)
         and unit.pointwise.kernel_size == unit.pointwise.stride == (1, 1)
@@ -84,11 +88,11 @@ def _fits(unit: Unit, x: Tensor) -> bool:
 def fused(
     units: Sequence[Unit], x: Tensor, scale: Tensor | None = None, addend: Tensor | None = None
 ) -> Tensor:
-    """What the units give in training, one after the other, with ReLUs between them.
+    """What the units give in training, one after the other.
 
     Args:
         units: see `can_fuse`.
-        x: [B, G I, H, W], or [B, I, H, W] for all groups; rectified already.
+        x: [B, G I, H, W], or [B, I, H, W] for all groups.
         scale: weight of the last BatchNorm, [G O], where it has none of its own.
         addend: is added to the output, [B, G O, H', W'].
 
@@ -96,7 +100,7 @@ def fused(
         [B, G O, H', W'].
     """
     for unit in units:
-        depthwise, pointwise, norm = unit
+        _, depthwise, pointwise, norm = unit
         last = unit is units[-1]
         if isinstance(norm, nn.BatchNorm2d) and norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
@@ -113,7 +117,6 @@ def fused(
             depthwise.dilation[0],
             norm.momentum,
             norm.eps,
-            rectify=not last,
         )
     return x
 
@@ -131,9 +134,8 @@ def normalized_separable(
     dilation: int = 1,
     momentum: float = 0.1,
     eps: float = 1e-5,
-    rectify: bool = False,
 ) -> Tensor:
-    """`relu(batch_norm(conv2d(depthwise_conv2d(x)))) + addend` in training, in C.
+    """`batch_norm(conv2d(depthwise_conv2d(relu(x)))) + addend` in training, in C.
 
     Args:
         x: [B, G I, H, W], or [B, I, H, W] that all groups read.
@@ -148,13 +150,12 @@ def normalized_separable(
         dilation: of the depthwise convolution, 1 or 2.
         momentum: of the running statistics.
         eps: is added to the variance.
-        rectify: whether a ReLU comes after the BatchNorm.
 
     Returns:
         [B, G O, ceil(H / stride), ceil(W / stride)].
     """
     output, statistics = NormalizedSeparable.apply(
-        x, depthwise, pointwise, scale, bias, addend, stride, dilation, eps, rectify
+        x, depthwise, pointwise, scale, bias, addend, stride, dilation, eps
     )
     mean, _, var = statistics.unbind()
     torch._foreach_lerp_([running_mean, running_var], [mean, var], momentum)
@@ -176,14 +177,13 @@ class NormalizedSeparable(torch.autograd.Function):
         stride: int,
         dilation: int,
         eps: float,
-        rectify: bool,
     ) -> tuple[Tensor, Tensor]:
         """Output [B, G O, H', W'] and statistics [3, G O]."""
         output, y, statistics = torch.ops.dartsl.normalized_separable(
-            x, depthwise, pointwise, scale, bias, addend, stride, dilation, eps, rectify
+            x, depthwise, pointwise, scale, bias, addend, stride, dilation, eps
         )
         ctx.save_for_backward(x, depthwise, pointwise, scale, bias, y, statistics)
-        ctx.options = stride, dilation, eps, rectify
+        ctx.options = stride, dilation, eps
         ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
         return output, statistics
@@ -193,7 +193,7 @@ class NormalizedSeparable(torch.autograd.Function):
         """Gradients of x, the weights, scale, bias and addend, as far as they are wanted."""
         gradient, _ = gradients
         if gradient is None:
-            return (None,) * 10
+            return (None,) * 9
         *inputs, y, statistics = ctx.saved_tensors
         *wanted, addend_wanted = ctx.needs_input_grad[:6]
         found: Sequence[Tensor | None]
@@ -202,12 +202,12 @@ class NormalizedSeparable(torch.autograd.Function):
         elif torch.is_grad_enabled():
             found = _differentiable_gradients(gradient, inputs, ctx.options, wanted)
         else:
-            stride, dilation, _, rectify = ctx.options
+            stride, dilation, _ = ctx.options
             found = torch.ops.dartsl.normalized_separable_backward(
-                gradient, *inputs, y, statistics, stride, dilation, rectify, wanted
+                gradient, *inputs, y, statistics, stride, dilation, wanted
             )
         of_inputs = (single if want else None for single, want in zip(found, wanted, strict=True))
-        return *of_inputs, gradient if addend_wanted else None, None, None, None, None
+        return *of_inputs, gradient if addend_wanted else None, None, None, None
 
 
 def _differentiable_gradients(
@@ -238,12 +238,11 @@ def _formula(
     stride: int,
     dilation: int,
     eps: float,
-    rectify: bool,
 ) -> Tensor:
     """`normalized_separable` without addend and running statistics, by PyTorch's functions."""
     groups = len(depthwise) // pointwise.shape[1]
+    x = F.relu(x)
     if x.shape[1] < len(depthwise):
         x = torch.cat([x] * groups, dim=1)
     y = F.conv2d(depthwise_conv2d(x, depthwise, stride, dilation), pointwise, groups=groups)
-    output = F.batch_norm(y, None, None, scale, bias, True, 0.0, eps)
-    return F.relu(output) if rectify else output
+    return F.batch_norm(y, None, None, scale, bias, True, 0.0, eps)

@@ -2,19 +2,19 @@
  *
  * y [P, C] of P pixels and C channels gives
  *
- *     out = scale (y - mean) / sqrt(var + eps) + bias   [, ReLU]   [+ addend]
+ *     out = scale (y - mean) / sqrt(var + eps) + bias   [+ addend]
  *
  * with the mean and the variance of each channel of y. Its gradient is
  *
  *     dy = factor (g - sum(g) / P - (y - mean) / (var + eps) sum(g (y - mean)) / P)
  *
- * with factor = scale / sqrt(var + eps), where g is the gradient of out, 0 where ReLU's output is.
+ * with factor = scale / sqrt(var + eps), where g is the gradient of out.
  */
 #define BLOCK 64 /* pixels that are summed in one precision before they join the others */
 
 /* By channel, and room for a vector behind the last one. */
 typedef struct {
-    int64_t channels, rectify;
+    int64_t channels;
     const REAL *inverse_std;
     REAL *mean, *factor, *shift; /* out = factor y + shift */
     REAL *slope, *offset;        /* dy = slope (y - mean) + factor g + offset */
@@ -26,22 +26,17 @@ static int64_t NAME(size_of_norm)(int64_t channels) {
     return 5 * (channels + LANES) * (int64_t)sizeof(REAL);
 }
 
-static NAME(Norm) NAME(norm)(int64_t channels, int64_t rectify, const REAL *statistics,
-                             const REAL *scale, const REAL *bias, REAL *room) {
+static NAME(Norm) NAME(norm)(int64_t channels, const REAL *statistics, const REAL *scale,
+                             const REAL *bias, REAL *room) {
     int64_t step = channels + LANES;
-    NAME(Norm) norm = {channels,    rectify,         statistics + channels, room,
-                       room + step, room + 2 * step, room + 3 * step,       room + 4 * step};
+    NAME(Norm) norm = {channels, statistics + channels, room, room + step, room + 2 * step,
+                       room + 3 * step, room + 4 * step};
     for (int64_t c = 0; c < channels; c++) {
         norm.mean[c] = statistics[c];
         norm.factor[c] = norm.inverse_std[c] * (scale ? scale[c] : 1);
         norm.shift[c] = (bias ? bias[c] : 0) - norm.mean[c] * norm.factor[c];
     }
     return norm;
-}
-
-/* g where ReLU lets the output pass, and 0 elsewhere; NaN passes. */
-static inline __attribute__((always_inline)) Vector NAME(passed)(Vector output, Vector g) {
-    return (Vector)((Mask)g & ~(output <= 0));
 }
 
 /* Calls one of the functions below for a vector of channels after the other. Where the last is not
@@ -107,7 +102,6 @@ static inline __attribute__((always_inline)) void NAME(normal_of)(
     for (int64_t p = 0, at = first; p < n; p++, at += norm->channels) {
         NAME(copy)(&value, y + at, lanes);
         value = value * factor + shift;
-        if (norm->rectify) value = NAME(passed)(value, value);
         if (addend) NAME(copy)(&other, addend + at, lanes), value += other;
         NAME(copy)(out + at, &value, lanes);
     }
@@ -126,12 +120,10 @@ static void NAME(normalize)(const NAME(Norm) * norm, int64_t n, const REAL *y, c
 static inline __attribute__((always_inline)) void NAME(sums_of)(
     const NAME(Norm) * norm, int64_t n, const REAL *gradient, const REAL *y, double *sums,
     int64_t first, int64_t skipped, int64_t lanes) {
-    Vector factor = NAME(load)(norm->factor + first), shift = NAME(load)(norm->shift + first);
     Vector mean = NAME(load)(norm->mean + first), value = {0}, g = {0}, sum = {0}, product = {0};
     for (int64_t p = 0, at = first; p < n; p++, at += norm->channels) {
         NAME(copy)(&value, y + at, lanes);
         NAME(copy)(&g, gradient + at, lanes);
-        if (norm->rectify) g = NAME(passed)(value * factor + shift, g);
         sum += g;
         product += g * (value - mean);
     }
@@ -174,13 +166,12 @@ static inline __attribute__((always_inline)) void NAME(gradient_of)(
     const NAME(Norm) * norm, int64_t n, const REAL *gradient, const REAL *y, REAL *to,
     int64_t first, int64_t skipped, int64_t lanes) {
     (void)skipped;
-    Vector factor = NAME(load)(norm->factor + first), shift = NAME(load)(norm->shift + first);
+    Vector factor = NAME(load)(norm->factor + first);
     Vector mean = NAME(load)(norm->mean + first), slope = NAME(load)(norm->slope + first);
     Vector offset = NAME(load)(norm->offset + first), value = {0}, g = {0};
     for (int64_t p = 0, at = first; p < n; p++, at += norm->channels) {
         NAME(copy)(&value, y + at, lanes);
         NAME(copy)(&g, gradient + at, lanes);
-        if (norm->rectify) g = NAME(passed)(value * factor + shift, g);
         value = slope * (value - mean) + factor * g + offset;
         NAME(copy)(to + at, &value, lanes);
     }

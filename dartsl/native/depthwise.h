@@ -12,7 +12,7 @@
  */
 #define PIXELS 8 /* of an output row that are computed at once */
 
-/* The planes of an image [height, width, channels], which is `row` numbers from one row to the next
+/* The planes of ReLU of an image [height, width, channels], which is `row` numbers from one row to the next
  * and `pixel` from one pixel to the next. A plane is `pitch` vectors wide and `size` large. */
 static void NAME(pack)(const REAL *image, int64_t row, int64_t pixel, int64_t height, int64_t width,
                        int64_t channels, Vector *planes, int64_t border, int64_t pitch,
@@ -22,14 +22,23 @@ static void NAME(pack)(const REAL *image, int64_t row, int64_t pixel, int64_t he
             Vector *to = planes + plane * size + (h + border) * pitch + border;
             const REAL *from = image + h * row + first;
             int64_t lanes = least(channels - first, LANES);
-            for (int64_t w = 0; w < width; w++) NAME(copy)(to + w, from + w * pixel, lanes);
+            for (int64_t w = 0; w < width; w++) {
+                Vector value = {0};
+                NAME(copy)(&value, from + w * pixel, lanes);
+                to[w] = NAME(passed)(value, value);
+            }
         }
 }
 
-/* A row of a plane back into an image: the inverse of `pack`. */
-static void NAME(unpack)(const Vector *row, int64_t width, int64_t lanes, REAL *image,
-                         int64_t pixel) {
-    for (int64_t w = 0; w < width; w++) NAME(copy)(image + w * pixel, row + w, lanes);
+/* The gradient of a row of a plane into that of the image, where ReLU let the image pass. */
+static void NAME(unpack)(const Vector *row, int64_t width, int64_t lanes, int64_t pixel,
+                         const REAL *image, REAL *gradient) {
+    for (int64_t w = 0; w < width; w++, image += pixel, gradient += pixel) {
+        Vector value = {0};
+        NAME(copy)(&value, image, lanes);
+        value = NAME(passed)(value, row[w]);
+        NAME(copy)(gradient, &value, lanes);
+    }
 }
 
 /* `many` outputs of a row, or those added to it; x begins at the row's first tap. */

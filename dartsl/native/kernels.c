@@ -21,7 +21,7 @@
 
 typedef struct {
     int64_t images, sources, groups, inputs, outputs, height, width, kernel, stride, dilation;
-    int64_t rectify, threads;
+    int64_t threads;
 } Separable;
 
 /* A batch in parts of whole images, of so many pixels each. */

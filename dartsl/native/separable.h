@@ -1,10 +1,10 @@
-/* A separable convolution: depthwise, then pointwise in groups, then BatchNorm in training.
+/* A separable convolution: ReLU, depthwise, pointwise in groups, BatchNorm in training.
  *
  * B images, G groups of I inputs and O outputs. x [B, H, W, S I] has one source of I channels for
  * every group (S = G), or one that all groups read (S = 1). With the depthwise kernels [G I, K, K] and
  * the pointwise weight [G O, I],
  *
- *     y = pointwise (depthwise * x),   out = BatchNorm(y)   [, ReLU]   [+ addend]
+ *     y = pointwise (depthwise * ReLU(x)),   out = BatchNorm(y)   [+ addend]
  *
  * A CPU waits for its memory. So an image is taken at a time, and what lies between x and y, and
  * between their gradients, is in the cache only: what the depthwise convolution gives is computed a
@@ -157,7 +157,7 @@ int NAME(separable)(const Separable *s, double eps, const REAL *x, const REAL *d
     }
     if (!failed) {
         NAME(summarize)(&parts, channels, eps, moments, statistics);
-        NAME(Norm) norm = NAME(norm)(channels, s->rectify, statistics, scale, bias, room_of_norm);
+        NAME(Norm) norm = NAME(norm)(channels, statistics, scale, bias, room_of_norm);
 #pragma omp parallel for num_threads((int)s->threads) schedule(static)
         for (int64_t part = 0; part < parts.number; part++) {
             int64_t begin = first_pixel(&parts, part), end = first_pixel(&parts, part + 1);
@@ -200,9 +200,10 @@ static void NAME(through_pointwise)(const Separable *s, const NAME(Geometry) * g
     }
 }
 
-/* The gradient of an image [H, W, S I], from that of the depthwise convolution's output in planes. */
+/* The gradient of an image x [H, W, S I], from that of the depthwise convolution's output in planes. */
 static void NAME(through_depthwise)(const Separable *s, const NAME(Geometry) * g,
-                                    const Vector *kernels, NAME(Room) * room, REAL *gx) {
+                                    const Vector *kernels, NAME(Room) * room, const REAL *x,
+                                    REAL *gx) {
     int64_t taps = s->kernel * s->kernel, channels = s->sources * s->inputs;
     int64_t shared = s->sources == 1 ? s->groups : 1; /* groups that read the same source */
     int64_t vectors = s->sources * g->blocks, apart = g->stride > 1;
@@ -230,9 +231,9 @@ static void NAME(through_depthwise)(const Separable *s, const NAME(Geometry) * g
                                        g->g_pitch, kernels + (k * g->blocks + v) * taps, row, 1,
                                        g->width, k > 0);
             int64_t first = v % g->blocks * LANES;
-            NAME(unpack)(row, g->width, least(s->inputs - first, LANES),
-                         gx + h * g->step * s->width * channels + v / g->blocks * s->inputs + first,
-                         g->step * channels);
+            int64_t at = h * g->step * s->width * channels + v / g->blocks * s->inputs + first;
+            NAME(unpack)(row, g->width, least(s->inputs - first, LANES), g->step * channels, x + at,
+                         gx + at);
         }
 }
 
@@ -257,7 +258,7 @@ static void NAME(differentiate_part)(const Separable *s, const NAME(Geometry) * 
                               g->pitch,
                               room->gradients + v * g->g_plane + g->g_border * (g->g_pitch + 1),
                               g->g_pitch, g->out_height, g->out_width, of_depthwise + v * taps);
-        if (gx) NAME(through_depthwise)(s, g, flipped, room, gx + b * image);
+        if (gx) NAME(through_depthwise)(s, g, flipped, room, x + b * image, gx + b * image);
     }
 }
 
@@ -286,7 +287,7 @@ int NAME(separable_backward)(const Separable *s, const REAL *gradient, const REA
     int failed = !kernels || !flipped || !of_depthwise || !of_pointwise || !weights ||
                  !room_of_norm || !sums;
     if (failed) goto end;
-    NAME(Norm) norm = NAME(norm)(channels, s->rectify, statistics, scale, bias, room_of_norm);
+    NAME(Norm) norm = NAME(norm)(channels, statistics, scale, bias, room_of_norm);
     NAME(arrange_kernels)(s, g.blocks, depthwise, 0, kernels);
     NAME(arrange_kernels)(s, g.blocks, depthwise, g.stride == 1, flipped);
     memcpy(weights, pointwise, (size_t)(size * real));

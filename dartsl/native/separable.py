@@ -17,14 +17,13 @@ FORWARD = "dartsl::normalized_separable"
 torch.library.define(
     FORWARD,
     "(Tensor x, Tensor depthwise, Tensor pointwise, Tensor? scale, Tensor? bias, Tensor? addend,"
-    " int stride, int dilation, float eps, bool rectify) -> (Tensor, Tensor, Tensor)",
+    " int stride, int dilation, float eps) -> (Tensor, Tensor, Tensor)",
 )
 BACKWARD = "dartsl::normalized_separable_backward"
 torch.library.define(
     BACKWARD,
     "(Tensor gradient, Tensor x, Tensor depthwise, Tensor pointwise, Tensor? scale, Tensor? bias,"
-    " Tensor y, Tensor statistics, int stride, int dilation, bool rectify, bool[] wanted)"
-    " -> Tensor[]",
+    " Tensor y, Tensor statistics, int stride, int dilation, bool[] wanted) -> Tensor[]",
 )
 
 
@@ -39,7 +38,6 @@ def forward(
     stride: int,
     dilation: int,
     eps: float,
-    rectify: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`dartsl.separable.normalized_separable`, and what its gradient needs.
 
@@ -53,14 +51,13 @@ def forward(
         stride: 1 or 2.
         dilation: 1 or 2.
         eps: of the BatchNorm.
-        rectify: whether a ReLU comes after the BatchNorm.
 
     Returns:
         The output and what was normalized, [B, G O, H', W'] in channels_last; mean,
         1 / sqrt(var + eps) and variance without bias of the latter, [3, G O].
     """
     output, y, statistics = found = _results(x, depthwise, pointwise, stride)
-    sizes = _sizes(x, depthwise, pointwise, stride, dilation, rectify)
+    sizes = _sizes(x, depthwise, pointwise, stride, dilation)
     given = [_dense(tensor) for tensor in (x, depthwise, pointwise, scale, bias, addend)]
     build.call("separable", x.dtype, sizes, eps, *given, y, output, statistics)
     return found
@@ -78,7 +75,6 @@ def backward(
     statistics: Tensor,
     stride: int,
     dilation: int,
-    rectify: bool,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of x, both weights, scale and bias where they are `wanted`, empty where not.
@@ -94,11 +90,10 @@ def backward(
         statistics: what it returned third.
         stride: see there.
         dilation: see there.
-        rectify: see there.
         wanted: of the five; the weights' gradients are computed together.
     """
     found = _gradients(x, depthwise, pointwise, wanted)
-    sizes = _sizes(x, depthwise, pointwise, stride, dilation, rectify)
+    sizes = _sizes(x, depthwise, pointwise, stride, dilation)
     given = gradient, x, depthwise, pointwise, scale, bias, y, statistics
     results = [tensor if tensor.numel() else None for tensor in found]
     build.call("separable_backward", x.dtype, sizes, *map(_dense, given), *results)
@@ -109,7 +104,7 @@ def backward(
 def _fake_forward(
     x: Tensor, depthwise: Tensor, pointwise: Tensor, *rest: object
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *_, stride, _, _, _ = rest
+    *_, stride, _, _ = rest
     return _results(x, depthwise, pointwise, cast(int, stride))
 
 
@@ -148,13 +143,13 @@ def _gradients(
 
 
 def _sizes(
-    x: Tensor, depthwise: Tensor, pointwise: Tensor, stride: int, dilation: int, rectify: bool
+    x: Tensor, depthwise: Tensor, pointwise: Tensor, stride: int, dilation: int
 ) -> tuple[int, ...]:
     images, channels, height, width = x.shape
     inputs, kernel = pointwise.shape[1], depthwise.shape[-1]
     groups = len(depthwise) // inputs
     sizes = images, channels // inputs, groups, inputs, len(pointwise) // groups, height, width
-    return *sizes, kernel, stride, dilation, int(rectify)
+    return *sizes, kernel, stride, dilation
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:

@@ -124,8 +124,8 @@ class MergedChain(nn.Sequential):
     ) -> Tensor:
         """Weighted outputs [B, k C, H', W']; weights [k C]."""
         units = units_of(list(self))
-        if can_fuse(units, source.rectified):
-            return fused(units, source.rectified, weights, addend)
+        if can_fuse(units, source.x):
+            return fused(units, source.x, weights, addend)
         _, *layers, norm = self  # the ReLU that the chain begins with is done
         x = source.copies
         for layer in layers:
