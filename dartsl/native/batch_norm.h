@@ -10,7 +10,19 @@
  *
  * with factor = scale / sqrt(var + eps), where g is the gradient of out.
  */
-#define BLOCK 64 /* pixels that are summed in one precision before they join the others */
+#define BLOCK 64         /* pixels that are summed in one precision before they join the others */
+#define WIDTH (8 * LANES) /* channels whose sums are in the cache meanwhile */
+
+/* Calls one of the functions below for the channels from `begin` to `end`, a vector after the other:
+ * memory is passed over in order. Where the last vector is not full, it begins earlier; so many channels
+ * that were done before are `skipped` in sums. Only where there are less channels than a vector has,
+ * `lanes` is not the constant LANES. */
+#define BY_VECTOR(begin, end, function, ...)                                      \
+    for (int64_t next = begin; next < end; next += LANES) {                       \
+        int64_t first = least(next, end - LANES);                                 \
+        if (first >= 0) NAME(function)(__VA_ARGS__, first, next - first, LANES);  \
+        else NAME(function)(__VA_ARGS__, 0, 0, end);                              \
+    }
 
 /* By channel, and room for a vector behind the last one. */
 typedef struct {
@@ -39,28 +51,14 @@ static NAME(Norm) NAME(norm)(int64_t channels, const REAL *statistics, const REA
     return norm;
 }
 
-/* Calls one of the functions below for a vector of channels after the other. Where the last is not
- * full, it begins earlier: so many channels that were done before are skipped in sums. Only where there
- * are less channels than a vector has, `lanes` is not the constant LANES. */
-#define BY_VECTOR(channels, function, ...)                                              \
-    for (int64_t next = 0; next < (channels); next += LANES) {                          \
-        int64_t first = next <= (channels) - LANES ? next : (channels) - LANES;         \
-        if (first >= 0) NAME(function)(__VA_ARGS__, first, next - first, LANES);        \
-        else NAME(function)(__VA_ARGS__, 0, 0, channels);                               \
-    }
-
 static inline __attribute__((always_inline)) void NAME(moments_of)(
     int64_t n, int64_t channels, const REAL *y, int64_t before, double *moments, int64_t first,
     int64_t skipped, int64_t lanes) {
-    Vector mean = {0}, rest = {0}, square = {0}, value = {0};
-    for (int64_t p = 0; p < n; p++) {
-        NAME(copy)(&value, y + p * channels + first, lanes);
-        mean += value;
-    }
+    Vector mean = {0}, rest = {0}, square = {0};
+    for (int64_t p = 0; p < n; p++) mean += NAME(some)(y + p * channels + first, lanes);
     mean /= (REAL)n;
     for (int64_t p = 0; p < n; p++) {
-        NAME(copy)(&value, y + p * channels + first, lanes);
-        value -= mean;
+        Vector value = NAME(some)(y + p * channels + first, lanes) - mean;
         rest += value; /* 0 but for the rounding of the mean */
         square += value * value;
     }
@@ -72,7 +70,7 @@ static inline __attribute__((always_inline)) void NAME(moments_of)(
 /* Joins n pixels of y [n, C] to the mean and the squared deviations [2, C] of those before. */
 static void NAME(add_moments)(int64_t n, int64_t channels, const REAL *y, int64_t before,
                               double *moments) {
-    BY_VECTOR(channels, moments_of, n, channels, y, before, moments)
+    BY_VECTOR(0, channels, moments_of, n, channels, y, before, moments)
 }
 
 /* Statistics [3, C] of y: mean, 1 / sqrt(var + eps), variance without bias; from the parts' moments,
@@ -94,52 +92,52 @@ static void NAME(summarize)(const Parts *parts, int64_t channels, double eps,
 }
 
 static inline __attribute__((always_inline)) void NAME(normal_of)(
-    const NAME(Norm) * norm, int64_t n, const REAL *y, const REAL *addend, REAL *out, int64_t first,
+    const NAME(Norm) * norm, const REAL *y, const REAL *addend, REAL *out, int64_t first,
     int64_t skipped, int64_t lanes) {
     (void)skipped;
-    Vector factor = NAME(load)(norm->factor + first), shift = NAME(load)(norm->shift + first);
-    Vector value = {0}, other = {0};
-    for (int64_t p = 0, at = first; p < n; p++, at += norm->channels) {
-        NAME(copy)(&value, y + at, lanes);
-        value = value * factor + shift;
-        if (addend) NAME(copy)(&other, addend + at, lanes), value += other;
-        NAME(copy)(out + at, &value, lanes);
-    }
+    Vector value = NAME(some)(y + first, lanes);
+    value = value * NAME(load)(norm->factor + first) + NAME(load)(norm->shift + first);
+    if (addend) value += NAME(some)(addend + first, lanes);
+    NAME(copy)(out + first, &value, lanes);
 }
 
 /* out of n pixels. The addend may be NULL. */
 static void NAME(normalize)(const NAME(Norm) * norm, int64_t n, const REAL *y, const REAL *addend,
                             REAL *out) {
-    for (int64_t begin = 0; begin < n; begin += BLOCK) {
-        int64_t at = begin * norm->channels, some = least(n - begin, BLOCK);
-        BY_VECTOR(norm->channels, normal_of, norm, some, y + at, addend ? addend + at : NULL,
-                  out + at)
+    int64_t channels = norm->channels;
+    for (int64_t at = 0; at < n * channels; at += channels) {
+        const REAL *other = addend ? addend + at : NULL;
+        BY_VECTOR(0, channels, normal_of, norm, y + at, other, out + at)
     }
 }
 
 static inline __attribute__((always_inline)) void NAME(sums_of)(
-    const NAME(Norm) * norm, int64_t n, const REAL *gradient, const REAL *y, double *sums,
+    const NAME(Norm) * norm, const REAL *gradient, const REAL *y, int64_t begin, Vector (*sums)[8],
     int64_t first, int64_t skipped, int64_t lanes) {
-    Vector mean = NAME(load)(norm->mean + first), value = {0}, g = {0}, sum = {0}, product = {0};
-    for (int64_t p = 0, at = first; p < n; p++, at += norm->channels) {
-        NAME(copy)(&value, y + at, lanes);
-        NAME(copy)(&g, gradient + at, lanes);
-        sum += g;
-        product += g * (value - mean);
-    }
-    for (int64_t l = skipped; l < lanes; l++) {
-        sums[first + l] += (double)sum[l];
-        sums[norm->channels + first + l] += (double)product[l];
-    }
+    Vector g = NAME(some)(gradient + first, lanes), value = NAME(some)(y + first, lanes);
+    int64_t vector = (first + skipped - begin) / LANES;
+    sums[0][vector] += g;
+    sums[1][vector] += g * (value - NAME(load)(norm->mean + first));
 }
 
-/* Adds sum(g) and sum(g (y - mean)) of n pixels to the sums [2, C]. */
+/* Adds sum(g) and sum(g (y - mean)) of n pixels to the totals [2, C]. */
 static void NAME(add_sums)(const NAME(Norm) * norm, int64_t n, const REAL *gradient, const REAL *y,
-                           double *sums) {
-    for (int64_t begin = 0; begin < n; begin += BLOCK) {
-        int64_t at = begin * norm->channels, some = least(n - begin, BLOCK);
-        BY_VECTOR(norm->channels, sums_of, norm, some, gradient + at, y + at, sums)
-    }
+                           double *totals) {
+    int64_t channels = norm->channels;
+    for (int64_t from = 0; from < n; from += BLOCK)
+        for (int64_t begin = 0; begin < channels; begin += WIDTH) {
+            int64_t to = least(n, from + BLOCK), end = least(channels, begin + WIDTH);
+            Vector sums[2][8] = {{{0}}};
+            for (int64_t at = from * channels; at < to * channels; at += channels)
+                BY_VECTOR(begin, end, sums_of, norm, gradient + at, y + at, begin, sums)
+            for (int64_t c = begin; c < end; c++) {
+                /* Where the last vector began earlier, its last lanes are the channels that are new. */
+                int64_t vector = (c - begin) / LANES, full = begin + (vector + 1) * LANES <= end;
+                int64_t lane = full || end < LANES ? (c - begin) % LANES : c - (end - LANES);
+                totals[c] += (double)sums[0][vector][lane];
+                totals[channels + c] += (double)sums[1][vector][lane];
+            }
+        }
 }
 
 /* slope and offset of the gradient, and the gradients of scale and bias, which may be NULL, from the
@@ -163,25 +161,23 @@ static void NAME(add_up)(const NAME(Norm) * norm, const Parts *parts, const doub
 }
 
 static inline __attribute__((always_inline)) void NAME(gradient_of)(
-    const NAME(Norm) * norm, int64_t n, const REAL *gradient, const REAL *y, REAL *to,
-    int64_t first, int64_t skipped, int64_t lanes) {
+    const NAME(Norm) * norm, const REAL *gradient, const REAL *y, REAL *to, int64_t first,
+    int64_t skipped, int64_t lanes) {
     (void)skipped;
-    Vector factor = NAME(load)(norm->factor + first);
-    Vector mean = NAME(load)(norm->mean + first), slope = NAME(load)(norm->slope + first);
-    Vector offset = NAME(load)(norm->offset + first), value = {0}, g = {0};
-    for (int64_t p = 0, at = first; p < n; p++, at += norm->channels) {
-        NAME(copy)(&value, y + at, lanes);
-        NAME(copy)(&g, gradient + at, lanes);
-        value = slope * (value - mean) + factor * g + offset;
-        NAME(copy)(to + at, &value, lanes);
-    }
+    Vector g = NAME(some)(gradient + first, lanes), value = NAME(some)(y + first, lanes);
+    value = NAME(load)(norm->slope + first) * (value - NAME(load)(norm->mean + first)) +
+            NAME(load)(norm->factor + first) * g + NAME(load)(norm->offset + first);
+    NAME(copy)(to + first, &value, lanes);
 }
 
 /* The gradient of y of n pixels. */
 static void NAME(gradient_of_y)(const NAME(Norm) * norm, int64_t n, const REAL *gradient,
                                 const REAL *y, REAL *to) {
-    BY_VECTOR(norm->channels, gradient_of, norm, n, gradient, y, to)
+    int64_t channels = norm->channels;
+    for (int64_t at = 0; at < n * channels; at += channels)
+        BY_VECTOR(0, channels, gradient_of, norm, gradient + at, y + at, to + at)
 }
 
 #undef BY_VECTOR
+#undef WIDTH
 #undef BLOCK

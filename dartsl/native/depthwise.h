@@ -23,8 +23,7 @@ static void NAME(pack)(const REAL *image, int64_t row, int64_t pixel, int64_t he
             const REAL *from = image + h * row + first;
             int64_t lanes = least(channels - first, LANES);
             for (int64_t w = 0; w < width; w++) {
-                Vector value = {0};
-                NAME(copy)(&value, from + w * pixel, lanes);
+                Vector value = NAME(some)(from + w * pixel, lanes);
                 to[w] = NAME(passed)(value, value);
             }
         }
@@ -34,9 +33,7 @@ static void NAME(pack)(const REAL *image, int64_t row, int64_t pixel, int64_t he
 static void NAME(unpack)(const Vector *row, int64_t width, int64_t lanes, int64_t pixel,
                          const REAL *image, REAL *gradient) {
     for (int64_t w = 0; w < width; w++, image += pixel, gradient += pixel) {
-        Vector value = {0};
-        NAME(copy)(&value, image, lanes);
-        value = NAME(passed)(value, row[w]);
+        Vector value = NAME(passed)(NAME(some)(image, lanes), row[w]);
         NAME(copy)(gradient, &value, lanes);
     }
 }

@@ -19,13 +19,20 @@ static inline __attribute__((always_inline)) void NAME(copy)(void *to, const voi
         }
 }
 
-/* g where ReLU lets x pass, and 0 elsewhere; NaN passes. */
-static inline __attribute__((always_inline)) Vector NAME(passed)(Vector x, Vector g) {
-    return (Vector)((Mask)g & ~(x <= 0));
-}
-
 static inline __attribute__((always_inline)) Vector NAME(load)(const REAL *from) {
     Vector found;
     memcpy(&found, from, BYTES);
     return found;
+}
+
+/* So many numbers, and zeros behind them. */
+static inline __attribute__((always_inline)) Vector NAME(some)(const REAL *from, int64_t lanes) {
+    Vector found = {0};
+    NAME(copy)(&found, from, lanes);
+    return found;
+}
+
+/* g where ReLU lets x pass, and 0 elsewhere; NaN passes. */
+static inline __attribute__((always_inline)) Vector NAME(passed)(Vector x, Vector g) {
+    return (Vector)((Mask)g & ~(x <= 0));
 }
