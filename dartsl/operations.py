@@ -106,7 +106,7 @@ class SeparableChain(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, ceil(H / stride), ceil(W / stride)]."""
-        units = units_of(list(self))
+        units = units_of(self)
         return fused(units, input) if can_fuse(units, input) else super().forward(input)
 
 

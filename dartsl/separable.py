@@ -7,7 +7,7 @@ and ReLU pass over their maps many times; `dartsl.native` passes over them few t
 as many. The function is the same, and where it cannot be used the modules compute it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,12 +31,13 @@ class Unit(NamedTuple):
     norm: Any
 
 
-def units_of(chain: Sequence[nn.Module]) -> list[Unit]:
+def units_of(chain: Iterable[nn.Module]) -> list[Unit]:
     """The units that a chain of modules is made of; none if there is anything else in it."""
-    layers = len(Unit._fields)
-    if len(chain) % layers:
+    layers: list[Any] = list(chain)
+    size = len(Unit._fields)
+    if len(layers) % size:
         return []
-    units = [Unit(*chain[first : first + layers]) for first in range(0, len(chain), layers)]
+    units = [Unit(*layers[first : first + size]) for first in range(0, len(layers), size)]
     return units if all(map(_is_unit, units)) else []
 
 
@@ -211,12 +212,12 @@ class NormalizedSeparable(torch.autograd.Function):
 
 
 def _differentiable_gradients(
-    gradient: Tensor, inputs: Sequence[Tensor | None], options: Any, wanted: Sequence[bool]
+    gradient: Tensor, inputs: Sequence[Any], options: Sequence[Any], wanted: Sequence[bool]
 ) -> list[Tensor | None]:
     """The gradients of x, the weights, scale and bias, by functions that know theirs."""
     # Views: the gradients end here, even where one of the inputs is made from another.
     ends = [
-        tensor.view_as(tensor) if tensor is not None and want else tensor
+        tensor.view_as(tensor) if want else tensor
         for tensor, want in zip(inputs, wanted, strict=True)
     ]
     found = torch.autograd.grad(

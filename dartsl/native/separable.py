@@ -3,15 +3,19 @@
 Shapes: B images, H x W pixels, G groups of I inputs and O outputs, S sources (G, or 1 for all).
 """
 
+import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from dartsl.native import build
 
 KERNELS = (3, 5, 7)
+
+Shape = Sequence[int]
 
 FORWARD = "dartsl::normalized_separable"
 torch.library.define(
@@ -113,6 +117,25 @@ def _fake_backward(
     gradient: Tensor, x: Tensor, depthwise: Tensor, pointwise: Tensor, *rest: object
 ) -> list[Tensor]:
     return _gradients(x, depthwise, pointwise, cast(Sequence[bool], rest[-1]))
+
+
+@register_flop_formula(torch.ops.dartsl.normalized_separable)
+def _flops(x: Shape, depthwise: Shape, pointwise: Shape, *rest: Any, out_shape: Any) -> int:
+    return _flops_of(out_shape[0], depthwise, pointwise)
+
+
+@register_flop_formula(torch.ops.dartsl.normalized_separable_backward)
+def _backward_flops(
+    gradient: Shape, x: Shape, depthwise: Shape, pointwise: Shape, *rest: Any, out_shape: Any
+) -> int:
+    of_x, of_depthwise, of_pointwise, *_ = rest[-1]
+    # As many for each gradient of a convolution; what is computed again is not counted.
+    return _flops_of(gradient, depthwise, pointwise) * (of_x + (of_depthwise or of_pointwise))
+
+
+def _flops_of(output: Shape, depthwise: Shape, pointwise: Shape) -> int:
+    images, _, height, width = output
+    return 2 * images * height * width * (math.prod(depthwise) + math.prod(pointwise))
 
 
 def _results(

@@ -5,9 +5,9 @@ channels, the C of the first edge before those of the second.
 
 Every edge that leaves a node reads the same x [B, C, H, W] (`Source`) with weights of its own.
 Convolution in groups and BatchNorm act on every channel or group of channels alone, so k copies of
-a chain of them are one chain over k C channels (`MergedChain`). An operation without parameters gives the same
-map on all edges, so it is computed once (`NormalizedPool`, the identity). Parameters and buffers
-are those of the copies, one after the other along their first dimension.
+a chain of them are one chain over k C channels (`MergedChain`). An operation without parameters
+gives the same map on all edges, so it is computed once (`NormalizedPool`, the identity). Parameters
+and buffers are those of the copies, one after the other along their first dimension.
 """
 
 import copy
@@ -123,7 +123,7 @@ class MergedChain(nn.Sequential):
         self, source: Source, weights: Tensor, addend: Tensor | None = None
     ) -> Tensor:
         """Weighted outputs [B, k C, H', W']; weights [k C]."""
-        units = units_of(list(self))
+        units = units_of(self)
         if can_fuse(units, source.x):
             return fused(units, source.x, weights, addend)
         _, *layers, norm = self  # the ReLU that the chain begins with is done
