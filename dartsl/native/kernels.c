@@ -17,6 +17,7 @@
 #else
 #define BYTES 16
 #endif
+#define INLINE static inline __attribute__((always_inline))
 #define MAX_PARTS 32 /* of a batch that are summed apart */
 
 typedef struct {

@@ -1,8 +1,8 @@
 /* A separable convolution: ReLU, depthwise, pointwise in groups, BatchNorm in training.
  *
  * B images, G groups of I inputs and O outputs. x [B, H, W, S I] has one source of I channels for
- * every group (S = G), or one that all groups read (S = 1). With the depthwise kernels [G I, K, K] and
- * the pointwise weight [G O, I],
+ * every group (S = G), or one that all groups read (S = 1). With the depthwise kernels [G I, K, K]
+ * and the pointwise weight [G O, I],
  *
  *     y = pointwise (depthwise * ReLU(x)),   out = BatchNorm(y)   [+ addend]
  *
@@ -16,11 +16,11 @@
 typedef struct {
     int64_t step; /* only every so manyth pixel of x is read, and of those: */
     int64_t height, width, stride, dilation;
-    int64_t border, pitch, plane;                    /* of the padded planes of x */
+    int64_t border, pitch, plane; /* of the padded planes of x */
     int64_t out_height, out_width;
-    int64_t g_border, g_pitch, g_plane;              /* of the planes of a gradient of the output */
-    int64_t blocks;                                  /* vectors that hold I channels */
-    int64_t rows;                                    /* of outputs that are computed at once */
+    int64_t g_border, g_pitch, g_plane; /* of the planes of a gradient of the output */
+    int64_t blocks;                     /* vectors that hold I channels */
+    int64_t rows;                       /* of outputs that are computed at once */
 } NAME(Geometry);
 
 static NAME(Geometry) NAME(geometry)(const Separable *s) {
@@ -53,17 +53,17 @@ static void NAME(arrange_kernels)(const Separable *s, int64_t blocks, const REAL
 }
 
 /* All planes of an image of x. */
-static void NAME(read_image)(const Separable *s, const NAME(Geometry) * g, const REAL *x,
+static void NAME(read_image)(const Separable *s, const NAME(Geometry) *g, const REAL *x,
                              int64_t image, Vector *planes) {
     int64_t pixel = s->sources * s->inputs, row = s->width * pixel;
     for (int64_t source = 0; source < s->sources; source++)
-        NAME(pack)(x + image * s->height * row + source * s->inputs, g->step * row,
-                   g->step * pixel, g->height, g->width, s->inputs,
-                   planes + source * g->blocks * g->plane, g->border, g->pitch, g->plane);
+        NAME(pack)(x + image * s->height * row + source * s->inputs, g->step * row, g->step * pixel,
+                   g->height, g->width, s->inputs, planes + source * g->blocks * g->plane,
+                   g->border, g->pitch, g->plane);
 }
 
 /* `rows` rows of what the depthwise convolution gives, [pixels, G, blocks]. */
-static void NAME(depthwise_rows)(const Separable *s, const NAME(Geometry) * g, const Vector *planes,
+static void NAME(depthwise_rows)(const Separable *s, const NAME(Geometry) *g, const Vector *planes,
                                  const Vector *kernels, int64_t first, int64_t rows, Vector *to) {
     int64_t taps = s->kernel * s->kernel, vectors = s->groups * g->blocks;
     for (int64_t h = first; h < first + rows; h++, to += g->out_width * vectors)
@@ -81,8 +81,8 @@ typedef struct {
     REAL *gy;
 } NAME(Room);
 
-static int NAME(get_room)(const Separable *s, const NAME(Geometry) * g, int backward,
-                          NAME(Room) * room) {
+static int NAME(get_room)(const Separable *s, const NAME(Geometry) *g, int backward,
+                          NAME(Room) *room) {
     int64_t vectors = s->groups * g->blocks, pixels = g->rows * g->out_width;
     room->planes = zeros(s->sources * g->blocks * g->plane * BYTES);
     room->depthwise = memory(pixels * vectors * BYTES);
@@ -95,15 +95,16 @@ static int NAME(get_room)(const Separable *s, const NAME(Geometry) * g, int back
            room->gy;
 }
 
-static void NAME(free_room)(NAME(Room) * room) {
+static void NAME(free_room)(NAME(Room) *room) {
     free(room->planes), free(room->depthwise), free(room->gradients), free(room->spread);
     free(room->row), free(room->gy);
 }
 
-/* y and its moments [2, C] of a part of the batch; `turned` is the pointwise weight as [G, I, O]. */
-static void NAME(convolve_part)(const Separable *s, const NAME(Geometry) * g, const Parts *parts,
+/* y and its moments [2, C] of a part of the batch; `turned` is the pointwise weight as [G, I, O].
+ */
+static void NAME(convolve_part)(const Separable *s, const NAME(Geometry) *g, const Parts *parts,
                                 int64_t part, const REAL *x, const Vector *kernels,
-                                const REAL *turned, NAME(Room) * room, REAL *y, double *moments) {
+                                const REAL *turned, NAME(Room) *room, REAL *y, double *moments) {
     int64_t inputs = s->inputs, outputs = s->outputs, channels = s->groups * outputs;
     int64_t width = s->groups * g->blocks * LANES, done = 0;
     y += first_pixel(parts, part) * channels;
@@ -171,9 +172,9 @@ int NAME(separable)(const Separable *s, double eps, const REAL *x, const REAL *d
 
 /* The gradient of the output of the depthwise convolution of an image, in planes; and that of the
  * pointwise weight, added to `turned` [G, I, O] where that is not NULL. */
-static void NAME(through_pointwise)(const Separable *s, const NAME(Geometry) * g,
-                                    const NAME(Norm) * norm, const REAL *gradient, const REAL *y,
-                                    const Vector *kernels, const REAL *pointwise, NAME(Room) * room,
+static void NAME(through_pointwise)(const Separable *s, const NAME(Geometry) *g,
+                                    const NAME(Norm) *norm, const REAL *gradient, const REAL *y,
+                                    const Vector *kernels, const REAL *pointwise, NAME(Room) *room,
                                     REAL *turned) {
     int64_t inputs = s->inputs, outputs = s->outputs, channels = s->groups * outputs;
     int64_t width = s->groups * g->blocks * LANES;
@@ -193,22 +194,21 @@ static void NAME(through_pointwise)(const Separable *s, const NAME(Geometry) * g
         if (turned == NULL) continue;
         NAME(depthwise_rows)(s, g, room->planes, kernels, h, rows, room->depthwise);
         for (int64_t group = 0; group < s->groups; group++)
-            NAME(product)(inputs, outputs, n,
-                          (REAL *)room->depthwise + group * g->blocks * LANES, 1, width,
-                          room->gy + group * outputs, channels, turned + group * inputs * outputs,
-                          outputs, LANES, 0, 1);
+            NAME(product)(inputs, outputs, n, (REAL *)room->depthwise + group * g->blocks * LANES,
+                          1, width, room->gy + group * outputs, channels,
+                          turned + group * inputs * outputs, outputs, LANES, 0, 1);
     }
 }
 
-/* The gradient of an image x [H, W, S I], from that of the depthwise convolution's output in planes. */
-static void NAME(through_depthwise)(const Separable *s, const NAME(Geometry) * g,
-                                    const Vector *kernels, NAME(Room) * room, const REAL *x,
+/* The gradient of an image x [H, W, S I], from that of the depthwise convolution's output in
+ * planes. */
+static void NAME(through_depthwise)(const Separable *s, const NAME(Geometry) *g,
+                                    const Vector *kernels, NAME(Room) *room, const REAL *x,
                                     REAL *gx) {
     int64_t taps = s->kernel * s->kernel, channels = s->sources * s->inputs;
     int64_t shared = s->sources == 1 ? s->groups : 1; /* groups that read the same source */
     int64_t vectors = s->sources * g->blocks, apart = g->stride > 1;
-    if (g->step > 1)
-        memset(gx, 0, (size_t)(s->height * s->width * channels) * sizeof(REAL));
+    if (g->step > 1) memset(gx, 0, (size_t)(s->height * s->width * channels) * sizeof(REAL));
     if (apart) {
         memset(room->spread, 0, (size_t)(vectors * g->plane * BYTES));
         for (int64_t v = 0; v < s->groups * g->blocks; v++)
@@ -225,11 +225,10 @@ static void NAME(through_depthwise)(const Separable *s, const NAME(Geometry) * g
             if (apart) row = room->spread + v * g->plane + (h + g->border) * g->pitch + g->border;
             else
                 for (int64_t k = 0; k < shared; k++)
-                    NAME(convolve_row)(s->kernel, 1, g->dilation,
-                                       room->gradients + (k * g->blocks + v) * g->g_plane +
-                                           h * g->g_pitch,
-                                       g->g_pitch, kernels + (k * g->blocks + v) * taps, row, 1,
-                                       g->width, k > 0);
+                    NAME(convolve_row)(
+                        s->kernel, 1, g->dilation,
+                        room->gradients + (k * g->blocks + v) * g->g_plane + h * g->g_pitch,
+                        g->g_pitch, kernels + (k * g->blocks + v) * taps, row, 1, g->width, k > 0);
             int64_t first = v % g->blocks * LANES;
             int64_t at = h * g->step * s->width * channels + v / g->blocks * s->inputs + first;
             NAME(unpack)(row, g->width, least(s->inputs - first, LANES), g->step * channels, x + at,
@@ -237,13 +236,13 @@ static void NAME(through_depthwise)(const Separable *s, const NAME(Geometry) * g
         }
 }
 
-/* The gradient of x of a part of the batch, and what the part adds to those of the weights, [G, blocks,
- * K, K] and [G, I, O]; each may be NULL, but the weights' are together. */
-static void NAME(differentiate_part)(const Separable *s, const NAME(Geometry) * g,
-                                     const Parts *parts, int64_t part, const NAME(Norm) * norm,
+/* The gradient of x of a part of the batch, and what the part adds to those of the weights, [G,
+ * blocks, K, K] and [G, I, O]; each may be NULL, but the weights' are together. */
+static void NAME(differentiate_part)(const Separable *s, const NAME(Geometry) *g,
+                                     const Parts *parts, int64_t part, const NAME(Norm) *norm,
                                      const REAL *gradient, const REAL *x, const REAL *y,
                                      const Vector *kernels, const Vector *flipped,
-                                     const REAL *pointwise, NAME(Room) * room, REAL *gx,
+                                     const REAL *pointwise, NAME(Room) *room, REAL *gx,
                                      Vector *of_depthwise, REAL *of_pointwise) {
     int64_t vectors = s->groups * g->blocks, taps = s->kernel * s->kernel;
     int64_t image = s->height * s->width * s->sources * s->inputs;

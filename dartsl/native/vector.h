@@ -3,8 +3,7 @@ typedef REAL Vector __attribute__((vector_size(BYTES)));
 typedef __typeof__((Vector){0} < (Vector){0}) Mask; /* of integers: all bits of a number, or none */
 
 /* By powers of two: a copy whose length is not a constant is a call. */
-static inline __attribute__((always_inline)) void NAME(copy)(void *to, const void *from,
-                                                             int64_t lanes) {
+INLINE void NAME(copy)(void *to, const void *from, int64_t lanes) {
     char *target = to;
     const char *source = from;
     if (lanes >= LANES) {
@@ -19,20 +18,18 @@ static inline __attribute__((always_inline)) void NAME(copy)(void *to, const voi
         }
 }
 
-static inline __attribute__((always_inline)) Vector NAME(load)(const REAL *from) {
+INLINE Vector NAME(load)(const REAL *from) {
     Vector found;
     memcpy(&found, from, BYTES);
     return found;
 }
 
 /* So many numbers, and zeros behind them. */
-static inline __attribute__((always_inline)) Vector NAME(some)(const REAL *from, int64_t lanes) {
+INLINE Vector NAME(some)(const REAL *from, int64_t lanes) {
     Vector found = {0};
     NAME(copy)(&found, from, lanes);
     return found;
 }
 
 /* g where ReLU lets x pass, and 0 elsewhere; NaN passes. */
-static inline __attribute__((always_inline)) Vector NAME(passed)(Vector x, Vector g) {
-    return (Vector)((Mask)g & ~(x <= 0));
-}
+INLINE Vector NAME(passed)(Vector x, Vector g) { return (Vector)((Mask)g & ~(x <= 0)); }
