@@ -59,7 +59,7 @@ class ReLUConvBN(nn.Module):
 
 
 class FactorizedReduce(nn.Module):
-    """Halves the size without a blind spot: two 1x1 convolutions, the second shifted by a pixel.
+    """Halves the size with two 1x1 convolutions, each of which sees a quarter of the pixels.
 
     Args:
         in_channels: of the input.
@@ -68,9 +68,10 @@ class FactorizedReduce(nn.Module):
         rectified: whether the input has passed the ReLU already.
 
     Note:
-        The official code fails on odd sizes. Here the shifted branch of an odd size sees one row
-        (column) of zeros past the border, so that any size gives ceil(size / 2), the output size
-        of every other operation of stride 2; even sizes are untouched.
+        The official code's convolutions have stride 2, and the second begins at pixel (1, 1): the
+        same pixels, but the gradient of a stride is slow. It fails on odd sizes. Here the second
+        branch of an odd size sees one row (column) of zeros past the border, so that any size gives
+        ceil(size / 2), the output size of every other operation of stride 2.
     """
 
     def __init__(
@@ -80,22 +81,29 @@ class FactorizedReduce(nn.Module):
         self.rectified = rectified
         # An odd number of channels gives the surplus one to the first branch.
         second = out_channels // 2
-        self.conv_1 = nn.Conv2d(in_channels, out_channels - second, 1, stride=2, bias=False)
-        self.conv_2 = nn.Conv2d(in_channels, second, 1, stride=2, bias=False)
+        self.conv_1 = nn.Conv2d(in_channels, out_channels - second, 1, bias=False)
+        self.conv_2 = nn.Conv2d(in_channels, second, 1, bias=False)
         self.bn = nn.BatchNorm2d(out_channels, affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in_channels, H, W] -> [B, out_channels, ceil(H / 2), ceil(W / 2)]."""
         x = x if self.rectified else F.relu(x)
-        return self.bn(torch.cat([self.conv_1(x), self.conv_2(shifted(x))], dim=1))
+        even, odd = even_and_odd_pixels(x)
+        return self.bn(torch.cat([self.conv_1(even), self.conv_2(odd)], dim=1))
 
 
-def shifted(x: Tensor) -> Tensor:
-    """`x` without its first row and column; an odd size has one of zeros past the border."""
+def even_and_odd_pixels(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The pixels of [B, C, H, W] in even rows and columns, and those in odd rows and columns.
+
+    Both are [B, C, ceil(H / 2), ceil(W / 2)]; an odd size has zeros past the border.
+    """
     height, width = x.shape[2:]
     if height % 2 or width % 2:
         x = F.pad(x, (0, width % 2, 0, height % 2))
-    return x[:, :, 1:, 1:]
+    # [B, H / 2, 2, W / 2, 2, C]: unlike those of slices, gradients stay in channels_last.
+    pairs = x.movedim(1, -1).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
+    even, odd = (pairs[:, :, place, :, place].movedim(-1, 1) for place in (0, 1))
+    return even, odd
 
 
 class SeparableChain(nn.Sequential):

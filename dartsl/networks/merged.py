@@ -26,7 +26,7 @@ from dartsl.operations import (
     FactorizedReduce,
     SeparableConv,
     Zero,
-    shifted,
+    even_and_odd_pixels,
 )
 from dartsl.separable import can_fuse, fused, units_of
 
@@ -157,7 +157,8 @@ class MergedReduce(nn.Module):
 
     def forward(self, source: Source, weights: Tensor, addend: Tensor | None = None) -> Tensor:
         """Weighted outputs [B, k C, H', W']; weights [k C]."""
-        branches = [self.conv_1(source.rectified), self.conv_2(shifted(source.rectified))]
+        even, odd = even_and_odd_pixels(source.rectified)
+        branches = [self.conv_1(even), self.conv_2(odd)]
         # Each edge's channels are together: the first edge's two halves come first.
         halves = zip(*(branch.chunk(self.num_edges, dim=1) for branch in branches), strict=True)
         return self.bn(
