@@ -7,7 +7,9 @@ and ReLU pass over their maps many times; `dartsl.native` passes over them few t
 as many. The function is the same, and where it cannot be used the modules compute it.
 """
 
+import math
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +24,8 @@ from dartsl.native.separable import KERNELS
 class Unit(NamedTuple):
     """ReLU, a depthwise convolution, a pointwise one, BatchNorm: modules that follow each other.
 
-    The norm may be any module with the attributes of `nn.BatchNorm2d`.
+    The norm is an `nn.BatchNorm2d`, or a module with its attributes that knows whether it is
+    `synchronized`.
     """
 
     relu: nn.ReLU
@@ -35,27 +38,42 @@ def units_of(chain: Iterable[nn.Module]) -> list[Unit]:
     """The units that a chain of modules is made of; none if there is anything else in it."""
     layers: list[Any] = list(chain)
     size = len(Unit._fields)
-    if len(layers) % size:
+    if len(layers) % size or any(map(_has_hooks, layers)):
         return []
     units = [Unit(*layers[first : first + size]) for first in range(0, len(layers), size)]
     return units if all(map(_is_unit, units)) else []
 
 
 def _is_unit(unit: Unit) -> bool:
+    # These types and no others made of them, which may compute something else.
     return (
-        isinstance(unit.relu, nn.ReLU)
-        and isinstance(unit.depthwise, DepthwiseConv2d)
+        type(unit.relu) is nn.ReLU
+        and type(unit.depthwise) is DepthwiseConv2d
         and unit.depthwise.kernel_size[0] in KERNELS
-        and isinstance(unit.pointwise, nn.Conv2d)
+        and unit.depthwise.stride[0] in (1, 2)
+        and unit.depthwise.dilation[0] in (1, 2)
+        and type(unit.pointwise) is nn.Conv2d
         and unit.pointwise.kernel_size == unit.pointwise.stride == (1, 1)
         and unit.pointwise.padding == (0, 0)
         and unit.pointwise.bias is None
-        and hasattr(unit.norm, "running_var")
+        and (type(unit.norm) is nn.BatchNorm2d or hasattr(unit.norm, "synchronized"))
     )
 
 
-def can_fuse(units: Sequence[Unit], x: Tensor) -> bool:
-    """Whether `fused` takes x [B, G I, H, W], or [B, I, H, W] for all groups, in this place."""
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether something happens when it is called, such as pruning."""
+    return bool(
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+    )
+
+
+def can_fuse(
+    units: Sequence[Unit], x: Tensor, scale: Tensor | None = None, addend: Tensor | None = None
+) -> bool:
+    """Whether `fused` takes these in this place."""
     return (
         bool(units)
         and x.device.type == "cpu"
@@ -63,26 +81,47 @@ def can_fuse(units: Sequence[Unit], x: Tensor) -> bool:
         # Autocast chooses a precision for each of the modules.
         and not torch.is_autocast_enabled("cpu")
         and build.is_built()
-        and _several_pixels(units[0], x)
-        and x.shape[1] in (units[0].pointwise.weight.shape[1], len(units[0].depthwise.weight))
-        and all(_fits(unit, x) for unit in units)
+        and all(_fits(unit, x.dtype) for unit in units)
+        and _fits_input(units, x)
+        and _fits_output(units, x, scale, addend)
     )
 
 
-def _several_pixels(unit: Unit, x: Tensor) -> bool:
-    """Whether there is more than one output in a channel: one cannot be normalized."""
-    stride = unit.depthwise.stride[0]
-    return x.shape[0] * -(-x.shape[2] // stride) * -(-x.shape[3] // stride) > 1
-
-
-def _fits(unit: Unit, x: Tensor) -> bool:
-    norm = unit.norm
+def _fits(unit: Unit, dtype: torch.dtype) -> bool:
+    _, depthwise, pointwise, norm = unit
     return (
-        unit.depthwise.weight.dtype == unit.pointwise.weight.dtype == x.dtype
-        and norm.training
+        norm.training
         and norm.running_var is not None
         and norm.momentum is not None
         and not getattr(norm, "synchronized", False)
+        and depthwise.weight.dtype == pointwise.weight.dtype == norm.running_var.dtype == dtype
+        and len(depthwise.weight) == pointwise.groups * pointwise.weight.shape[1]
+        and len(pointwise.weight) == len(norm.running_var)
+    )
+
+
+def _fits_input(units: Sequence[Unit], x: Tensor) -> bool:
+    """Whether the channels of x are those of the first unit, and so on."""
+    first = units[0]
+    return (
+        x.dim() == 4
+        and x.shape[1] in (first.pointwise.weight.shape[1], len(first.depthwise.weight))
+        and all(len(a.pointwise.weight) == len(b.depthwise.weight) for a, b in pairwise(units))
+    )
+
+
+def _fits_output(
+    units: Sequence[Unit], x: Tensor, scale: Tensor | None, addend: Tensor | None
+) -> bool:
+    """Whether a channel of the output has several pixels, and scale and addend are made for it."""
+    images, _, *size = x.shape
+    stride = math.prod(unit.depthwise.stride[0] for unit in units)
+    height, width = (-(-length // stride) for length in size)
+    shape = images, len(units[-1].pointwise.weight), height, width
+    return (
+        images * height * width > 1  # one alone cannot be normalized
+        and (scale is None or (scale.dtype == x.dtype and scale.shape == shape[1:2]))
+        and (addend is None or (addend.dtype == x.dtype and addend.shape == shape))
     )
 
 

@@ -124,7 +124,7 @@ class MergedChain(nn.Sequential):
     ) -> Tensor:
         """Weighted outputs [B, k C, H', W']; weights [k C]."""
         units = units_of(self)
-        if can_fuse(units, source.x):
+        if can_fuse(units, source.x, weights, addend):
             return fused(units, source.x, weights, addend)
         _, *layers, norm = self  # the ReLU that the chain begins with is done
         x = source.copies
