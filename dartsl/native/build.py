@@ -34,7 +34,7 @@ def is_built() -> bool:
     return library() is not None
 
 
-Argument = Tensor | Sequence[Tensor] | float | None
+Argument = Tensor | float | None
 
 
 def call(name: str, dtype: torch.dtype, sizes: Sequence[int], *arguments: Argument) -> None:
@@ -44,8 +44,7 @@ def call(name: str, dtype: torch.dtype, sizes: Sequence[int], *arguments: Argume
         name: of the function, without the suffix.
         dtype: a key of SUFFIXES.
         sizes: the fields of its first argument, but for the number of threads.
-        arguments: the others: a tensor or tensors for pointers, None for a pointer to nothing, a
-            number.
+        arguments: the others: a tensor for a pointer, None for a pointer to nothing, a number.
 
     Raises:
         MemoryError: where there is no room for what it keeps meanwhile.
@@ -59,13 +58,9 @@ def call(name: str, dtype: torch.dtype, sizes: Sequence[int], *arguments: Argume
 
 
 def _in_c(argument: Argument) -> Any:
-    if argument is None:
-        return None
     if isinstance(argument, Tensor):
         return ctypes.c_void_p(argument.data_ptr())
-    if isinstance(argument, float):
-        return ctypes.c_double(argument)
-    return (ctypes.c_void_p * len(argument))(*(tensor.data_ptr() for tensor in argument))
+    return argument if argument is None else ctypes.c_double(argument)
 
 
 @functools.cache
