@@ -34,6 +34,15 @@ def native_code(request, monkeypatch) -> None:
         monkeypatch.setattr(build, "library", lambda: loaded)
 
 
+@pytest.fixture(params=["in C", "in PyTorch"])
+def each_code(request, monkeypatch) -> None:
+    """What is written twice, in each of the two."""
+    if request.param == "in PyTorch":
+        monkeypatch.setattr(build, "is_built", lambda: False)
+    elif not build.is_built():
+        pytest.skip("no C compiler on this machine")
+
+
 @functools.cache
 def compiled(flags: tuple[str, ...]) -> ctypes.CDLL:
     """The C code with other flags."""

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from dartsl.hypergradient import exact_product
 from dartsl.interop import load_official_supernet, official_gradients, official_state_dict
-from dartsl.native import build
 from dartsl.networks import Supernet
 from dartsl.search_space import SearchSpace
 from tests import literal_darts
 from tests.golden_files import relative_error
 from tests.literal_darts import PRIMITIVES
+
+pytestmark = pytest.mark.usefixtures("each_code")
 
 TOLERANCE = 1e-12
 CONVOLUTIONS = ("sep_conv_7x7", "conv_7x1_1x7", "dil_conv_3x3")
@@ -30,15 +31,6 @@ CASES = {
     "nothing but maps": (2, 4, 3, 3, ("max_pool_3x3", "skip_connect"), (8, 8)),
     "odd maps": (3, 3, 2, 2, ("none", "sep_conv_3x3", "dil_conv_3x3", "max_pool_3x3"), (10, 14)),
 }
-
-
-@pytest.fixture(params=["in C", "in PyTorch"], autouse=True)
-def code(request, monkeypatch) -> None:
-    """The operations that are written twice, in each of the two."""
-    if request.param == "in PyTorch":
-        monkeypatch.setattr(build, "is_built", lambda: False)
-    elif not build.is_built():
-        pytest.skip("no C compiler on this machine")
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES.keys(), name="pair")
