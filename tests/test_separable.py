@@ -152,7 +152,8 @@ def in_double(tensors: Arguments) -> Arguments:
 def test_it_is_pytorchs(case) -> None:
     for kernel, steps in itertools.product(KERNELS, STEPS):
         x, *weights, scale, bias, addend = arguments(case, kernel, steps)
-        for optional in ((scale, bias, addend), (scale, None, addend), (None, None, None)):
+        combinations = (scale, bias, addend), (scale, None, addend), (None, bias, None), (None,) * 3
+        for optional in combinations:
             tensors = in_single((x, *weights, *optional))
             double = in_double(tensors)
             expected = with_gradients(reference, double, steps=steps)
