@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
+from torch.utils.flop_counter import FlopCounterMode
 
 from dartsl import separable
 from dartsl.batch_norm import SynchronizedBatchNorm2d
@@ -529,3 +530,19 @@ def test_the_operations_of_torch(optional, shared) -> None:
     wanted = [shared, not shared, optional, optional, False]
     backward = torch.randn_like(output), *given, *kept, 2, 2, wanted
     torch.library.opcheck(operations.normalized_separable_backward.default, backward)
+
+
+@needs_compiler
+def test_flops_are_counted() -> None:
+    """As PyTorch counts those of the convolutions, and as many for each of their gradients."""
+    x, *others = arguments(SMALL[2], steps=(2, 1))
+    constants = [tensor.detach() for tensor in others]
+    counts = []
+    for function, tensors in ((reference, constants), (ours, constants), (ours, others)):
+        with FlopCounterMode(display=False) as counter:
+            output = function(x, *tensors, steps=(2, 1))
+            counts.append(counter.get_total_flops())
+            output.sum().backward()
+        counts.append(counter.get_total_flops())
+    forward, _, *found = counts
+    assert found == [forward, 2 * forward, forward, 3 * forward]
