@@ -66,7 +66,9 @@ def test_growth_with_the_batch(tmp_path: Path) -> None:
     rows = run("growth.py", tmp_path, *small, "--plot", str(picture))["rows"]
     assert [row["value"] for row in rows] == [16, 32, 64, 128]
     kept = [row["saved activations (MB)"] for row in rows]
-    assert kept[3] == pytest.approx(8 * kept[0], rel=0.05)
+    # A straight line, whose constant part are statistics and weights as they are merged.
+    assert kept[3] - kept[2] == pytest.approx(4 * (kept[1] - kept[0]))
+    assert 0 <= 2 * kept[0] - kept[1] < 0.1 * kept[0]
     assert picture.stat().st_size > 1_000
 
 
