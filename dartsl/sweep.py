@@ -220,7 +220,8 @@ class SweepSummary(Callback):
             save_summary(config.hydra.sweep.dir, jobs)
             folder = relative(config.hydra.sweep.dir)
             print("\n".join(["", f"Sweep: {folder} ({len(jobs)} jobs)", *describe(jobs)]))
-            if any((job.folder / GENOTYPE_FILE).is_file() for job in jobs):
+            found = any((job.folder / GENOTYPE_FILE).is_file() for job in jobs)
+            if found and "next_selection" in config:  # a training keeps its genotype, too
                 print_command(_selection_command(config))
         if failed:
             # Not an exception, which Hydra would turn into a warning.

@@ -10,10 +10,20 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import MissingConfigException
+from omegaconf import OmegaConf
 
 from dartsl.config import EXTRAS, find_mistake
-from dartsl.genotype import Genotype
-from dartsl.sweep import Job, Spread, describe, read_jobs, save_result, spreads
+from dartsl.genotype import GENOTYPE_FILE, Genotype, published
+from dartsl.sweep import (
+    ERROR_FILE,
+    Job,
+    Spread,
+    SweepSummary,
+    describe,
+    read_jobs,
+    save_result,
+    spreads,
+)
 from tests.test_distributed import command
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -58,6 +68,22 @@ def test_jobs_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
 def test_what_is_none_is_no_result(tmp_path: Path) -> None:
     save_result(tmp_path, val_accuracy=None, test_accuracy=0.5)
     assert yaml.safe_load((tmp_path / "result.yaml").read_text()) == {"test_accuracy": 0.5}
+
+
+def test_after_a_sweep_of_trainings_nothing_is_selected(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_job(tmp_path / "0", "seed=0", test_accuracy=0.5)
+    published("darts_v1").save(tmp_path / "0" / GENOTYPE_FILE)  # as a training keeps it
+    make_job(tmp_path / "1", "seed=1")
+    (tmp_path / "1" / ERROR_FILE).write_text("no memory")
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+    OmegaConf.set_struct(config, True)
+    with pytest.raises(SystemExit, match="1 of 2 jobs failed"):
+        SweepSummary().on_multirun_end(config)
+    printed = capsys.readouterr().out
+    assert "test accuracy 50.00 %" in printed
+    assert "run_dir" not in printed
 
 
 @pytest.mark.parametrize(("plugin", "extra"), EXTRAS.items())
