@@ -147,7 +147,7 @@ def in_own_process(call: str, folder: Path) -> str:
     name = call.split("(", maxsplit=1)[0]
     done = subprocess.run(
         [sys.executable, "-c", f"from tests.test_distributed import {name}; {call}"],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False,
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr
