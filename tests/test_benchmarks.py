@@ -19,7 +19,7 @@ def run(script: str, folder: Path, *arguments: str) -> dict:
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / script, "--json", report, *arguments],
         cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        timeout=300, check=False,
+        timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     content = json.loads(report.read_text())
@@ -96,7 +96,7 @@ def test_killed_runs_end_as_if_they_had_not_been(tmp_path: Path) -> None:
         [sys.executable, ROOT / "benchmarks" / "kill_and_resume.py", "--kills=4", "--seed=1",
          "--cases", "search", "training in two processes", "--json", report],
         cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        timeout=300, check=False,
+        timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     cases = json.loads(report.read_text())

@@ -497,7 +497,7 @@ TINY = ("hardware=ddp_cpu", "data.max_images=40", "trainer.max_epochs=1", "print
 
 def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), *arguments], cwd=folder, timeout=180, check=False,
+        [sys.executable, str(ROOT / "run.py"), *arguments], cwd=folder, timeout=600, check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
     )  # fmt: skip
 
@@ -539,7 +539,7 @@ def test_a_signal_ends_all_processes_after_a_whole_step(reached: str, tmp_path: 
             os.kill(running.pid, signal.SIGTERM)
         else:
             os.killpg(running.pid, signal.SIGINT)
-        assert running.wait(timeout=120) == 128 + (15 if reached == "first" else 2), log.read_text()
+        assert running.wait(timeout=600) == 128 + (15 if reached == "first" else 2), log.read_text()
     assert "stopped after a whole step" in log.read_text()
     assert find_fault(tmp_path / "here/checkpoints/last.ckpt") is None
     assert not is_rank(second)

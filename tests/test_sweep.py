@@ -207,7 +207,7 @@ def test_torchrun_and_slurm_start_the_processes_of_one_run(tmp_path: Path) -> No
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     subprocess.run(
-        [*torchrun, *run, *cpu], cwd=tmp_path, env=environment, check=True, timeout=300,
+        [*torchrun, *run, *cpu], cwd=tmp_path, env=environment, check=True, timeout=600,
         capture_output=True,
     )  # fmt: skip
     slurm = {"SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "x", "SLURM_NTASKS": "2",
@@ -220,7 +220,7 @@ def test_torchrun_and_slurm_start_the_processes_of_one_run(tmp_path: Path) -> No
         )
         for rank in range(2)
     ]  # fmt: skip
-    first, second = (task.communicate(timeout=300)[0] for task in tasks)
+    first, second = (task.communicate(timeout=600)[0] for task in tasks)
     assert [task.returncode for task in tasks] == [0, 0]
     assert "Genotype: outputs/search_digits/77/genotype.yaml" in first
     assert second == ""
