@@ -101,7 +101,7 @@ def saved_activations(forward: Callable[[], Tensor], network: torch.nn.Module) -
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
             storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # with its function, it would keep the graph that keeps it
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = forward()
