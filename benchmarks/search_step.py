@@ -38,6 +38,7 @@ from dartsl.hypergradient import (
     sgd_direction,
 )
 from dartsl.networks import Supernet
+from dartsl.networks.graphs import replay_passes
 from dartsl.networks.regions import compile_regions
 from dartsl.search_space import SearchSpace
 from tests import literal_darts
@@ -90,6 +91,8 @@ class Ours:
         self.precision = torch.autocast(args.device, torch.bfloat16, enabled=args.bf16)
         if args.compile:
             compile_regions(self.network.regions(), args.compile, args.device)
+        if args.graphs:
+            replay_passes(self.network, args.device)
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean cross entropy."""
@@ -144,10 +147,12 @@ def measure(models: dict[str, Model], args: argparse.Namespace) -> Report:
     for row, unrolled in kinds.items():
         calls = {n: lambda m=m, u=unrolled: m.step(u) for n, m in models.items()}
         rows[row], _ = interleaved(calls, args)
-    if args.compile:
+    if args.compile or args.graphs:
         rows["first pass (ms)"] = first
     else:
         rows["operators a pass"] = {n: count_operators(m.one_pass) for n, m in models.items()}
+    if args.graphs:  # which hide what they keep
+        return rows
     rows["saved activations (MB/image)"] = {
         name: saved_activations(forward_of(model), model.network) / args.batch_size / 1e6
         for name, model in models.items()
@@ -179,6 +184,7 @@ def parse_args() -> argparse.Namespace:
     options.add_argument(
         "--compile", nargs="?", const="default", help="dartsl's operations, in this mode"
     )
+    options.add_argument("--graphs", action="store_true", help="dartsl's passes as CUDA graphs")
     options.add_argument("--recompute", action="store_true", help="dartsl's cells in the backward")
     options.add_argument("--bf16", action="store_true", help="dartsl in mixed precision")
     options.add_argument("--profile", action="store_true", help="of one pass of dartsl")

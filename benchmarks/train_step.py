@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from dartsl.depthwise import DepthwiseConv2d
 from dartsl.genotype import published
 from dartsl.networks import FinalNetwork
+from dartsl.networks.graphs import replay_passes
 from dartsl.networks.regions import compile_regions
 from dartsl.operations import SeparableChain
 
@@ -78,10 +79,12 @@ def measure(steps: dict[str, Step], args: argparse.Namespace) -> Report:
     """Every row of the table: name -> network -> number."""
     medians, first = interleaved({name: step.run for name, step in steps.items()}, args)
     rows: Report = {"step (ms)": medians}
-    if args.compile:
+    if args.compile or args.graphs:
         rows["first step (ms)"] = first
     else:
         rows["operators a step"] = {n: count_operators(step.run) for n, step in steps.items()}
+    if args.graphs:  # which hide what they keep
+        return rows
     rows["saved activations (MB/image)"] = {
         name: saved_activations(step.loss, step.network) / args.batch_size / 1e6
         for name, step in steps.items()
@@ -111,6 +114,7 @@ def parse_args() -> argparse.Namespace:
     options.add_argument(
         "--compile", nargs="?", const="default", help="dartsl's operations, in this mode"
     )
+    options.add_argument("--graphs", action="store_true", help="dartsl's passes as CUDA graphs")
     options.add_argument("--recompute", action="store_true", help="dartsl's cells in the backward")
     options.add_argument("--bf16", action="store_true", help="mixed precision")
     options.add_argument("--profile", action="store_true", help="of one step of dartsl")
@@ -128,6 +132,8 @@ def main() -> None:
     steps["literal"].network.recompute = False
     if args.compile:
         compile_regions(network.regions(), args.compile, args.device)
+    if args.graphs:
+        replay_passes(network, args.device)
     if args.profile:
         profile(steps["dartsl"].run, args)
     report = {

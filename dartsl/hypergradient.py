@@ -124,8 +124,7 @@ class Unrolled:
 def virtual_weights(problem: BilevelProblem, direction: Tensors) -> Iterator[None]:
     """Within: weights are w' = w - xi * direction (Eq. 6); after: weights and buffers as before."""
     weights = list(problem.weights)
-    saved = [weight.detach().clone() for weight in weights]
-    buffers = [buffer.clone() for buffer in problem.buffers]
+    saved, buffers = _copies(weights), _copies(problem.buffers)
     with torch.no_grad():
         torch._foreach_add_(weights, direction, alpha=-problem.xi)
     try:
@@ -163,7 +162,7 @@ def finite_difference_product(
     # A tensor, not a number: reading it would make a GPU wait. v = 0 gives a finite epsilon.
     epsilon = epsilon_scale / norm.clamp_min(torch.finfo(norm.dtype).tiny)
     step = torch._foreach_mul(list(vector), epsilon)
-    saved = [weight.detach().clone() for weight in weights]
+    saved = _copies(weights)
     # In half precision the difference of two gradients so close would be noise.
     full_precision = torch.autocast(norm.device.type, enabled=False)
     try:
@@ -220,12 +219,17 @@ def sgd_direction(optimizer: torch.optim.Optimizer, gradients: Tensors) -> Tenso
         UserError: for an optimizer whose step is another.
     """
     check_virtual_step(optimizer)
-    direction = []
-    parameters = [(group, p) for group in optimizer.param_groups for p in group["params"]]
-    for (group, weight), gradient in zip(parameters, gradients, strict=True):
-        step = gradient + group["weight_decay"] * weight.detach()
-        buffer = optimizer.state.get(weight, {}).get("momentum_buffer")
-        direction.append(step if buffer is None else step + group["momentum"] * buffer)
+    direction: Tensors = []
+    for group in optimizer.param_groups:
+        weights = group["params"]
+        steps = gradients[len(direction) : len(direction) + len(weights)]
+        with torch.no_grad():
+            steps = list(torch._foreach_add(steps, weights, alpha=group["weight_decay"]))
+        buffers = [optimizer.state.get(w, {}).get("momentum_buffer") for w in weights]
+        moving = [(s, b) for s, b in zip(steps, buffers, strict=True) if b is not None]
+        if moving:
+            torch._foreach_add_(*map(list, zip(*moving, strict=True)), alpha=group["momentum"])
+        direction += steps
     return direction
 
 
@@ -261,6 +265,12 @@ def _gradients(loss: Tensor, inputs: Sequence[Tensor], average: Average) -> Tens
         return average([torch.zeros_like(tensor) for tensor in inputs])
     gradients = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
     return average(gradients)
+
+
+@torch.no_grad()
+def _copies(tensors: Sequence[Tensor]) -> Tensors:
+    # Times 1: all at once, where a copy each would keep a GPU waiting.
+    return list(torch._foreach_mul(list(tensors), 1)) if tensors else []
 
 
 @torch.no_grad()

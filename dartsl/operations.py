@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dartsl.depthwise import DepthwiseConv2d
+from dartsl.pools import AvgPool2d
 from dartsl.separable import can_fuse, fused, units_of
 
 
@@ -177,7 +178,7 @@ Factory = Callable[[int, int, bool], nn.Module]
 OPERATIONS: dict[str, Factory] = {
     "none": lambda channels, stride, affine: Zero(stride),
     "max_pool_3x3": lambda channels, stride, affine: nn.MaxPool2d(3, stride, padding=1),
-    "avg_pool_3x3": lambda channels, stride, affine: nn.AvgPool2d(
+    "avg_pool_3x3": lambda channels, stride, affine: AvgPool2d(
         3, stride, padding=1, count_include_pad=False
     ),
     "skip_connect": _skip_connect,
@@ -191,12 +192,12 @@ OPERATIONS: dict[str, Factory] = {
 """The one look-up table: name of a primitive -> factory(channels, stride, affine)."""
 
 
-def drop_path(x: Tensor, drop_prob: float) -> Tensor:
+def drop_path(x: Tensor, drop_prob: float | Tensor) -> Tensor:
     """Zero whole samples with probability `drop_prob` and scale the others by 1 / (1 - drop_prob).
 
     Args:
         x: an operation's output, [B, C, H, W].
-        drop_prob: in [0, 1).
+        drop_prob: in [0, 1), a number or a tensor [] on the device of `x`.
 
     Returns:
         [B, C, H, W], with the expectation of `x`.

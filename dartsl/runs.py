@@ -22,6 +22,7 @@ from dartsl.errors import UserError
 from dartsl.files import CONFIG_FILE, ENVIRONMENT_FILE, RESULT_FILE, whole_file
 from dartsl.native.memory import keep_freed_memory
 from dartsl.networks import FinalNetwork, Supernet
+from dartsl.networks.graphs import replay_passes
 from dartsl.networks.regions import compile_regions
 from dartsl.processes import processes
 
@@ -132,20 +133,34 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
         ) from error
 
 
-def compile_network(
+def speed_up(
     cfg: DictConfig,
     trainer: pl.Trainer,
     network: Supernet | FinalNetwork,
     differentiated_twice: bool = False,
 ) -> None:
-    """Have the network's operations compiled if the config asks for it, and if they can be."""
-    if cfg.hardware.compile is None:
-        return
-    if differentiated_twice:
-        log.warning("What torch.compile makes is not differentiated twice: this runs uncompiled.")
-        return
-    device = trainer.strategy.root_device
-    compile_regions(network.regions(), cfg.hardware.compile, device)
+    """Have the network's operations compiled and its passes replayed, as the config asks for it.
+
+    Neither is for what is differentiated twice.
+    """
+    hardware, device = cfg.hardware, trainer.strategy.root_device
+    if hardware.compile is not None:
+        if differentiated_twice:
+            log.warning("What torch.compile makes is not differentiated twice: this is uncompiled.")
+        else:
+            compile_regions(network.regions(), hardware.compile, device)
+    if hardware.cuda_graphs and device.type == "cuda":
+        reasons = {
+            "hardware.recompute=true": hardware.recompute,
+            "hardware.compile=reduce-overhead, which has its own": hardware.compile
+            == "reduce-overhead",
+            "trainer.sync_batchnorm=true": cfg.trainer.sync_batchnorm,
+            "a hypergradient that differentiates twice": differentiated_twice,
+        }
+        for reason in [reason for reason, applies in reasons.items() if applies]:
+            log.info("No CUDA graphs with %s.", reason)
+            return
+        replay_passes(network, device)
 
 
 @contextmanager

@@ -1,10 +1,10 @@
-"""Separable convolutions with their BatchNorm as one operation, which is fast on a CPU.
+"""Separable convolutions with their BatchNorm as one operation.
 
 Shapes: B images, C channels, H x W pixels, G groups of I inputs and O outputs.
 
-A CPU waits for its memory. One after the other, a depthwise convolution, a pointwise one, BatchNorm
-and ReLU pass over their maps many times; `dartsl.native` passes over them few times and keeps half
-as many. The function is the same, and where it cannot be used the modules compute it.
+Machines wait for their memory. One after the other, a depthwise convolution, a pointwise one,
+BatchNorm and ReLU pass over their maps many times; `dartsl.native` passes over them few times and
+keeps half as many. The function is the same, and where it cannot be used the modules compute it.
 """
 
 import math
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dartsl.depthwise import DepthwiseConv2d, depthwise_conv2d
-from dartsl.native import build
+from dartsl.fused import Precision, differentiable_gradients, has_hooks, precision
 from dartsl.native.separable import KERNELS
 
 
@@ -38,7 +38,7 @@ def units_of(chain: Iterable[nn.Module]) -> list[Unit]:
     """The units that a chain of modules is made of; none if there is anything else in it."""
     layers: list[Any] = list(chain)
     size = len(Unit._fields)
-    if len(layers) % size or any(map(_has_hooks, layers)):
+    if len(layers) % size or any(map(has_hooks, layers)):
         return []
     units = [Unit(*layers[first : first + size]) for first in range(0, len(layers), size)]
     return units if all(map(_is_unit, units)) else []
@@ -60,30 +60,17 @@ def _is_unit(unit: Unit) -> bool:
     )
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether something happens when it is called, such as pruning."""
-    return bool(
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_pre_hooks
-        or module._backward_hooks
-    )
-
-
 def can_fuse(
     units: Sequence[Unit], x: Tensor, scale: Tensor | None = None, addend: Tensor | None = None
 ) -> bool:
     """Whether `fused` takes these in this place."""
+    types = precision(x)
     return (
         bool(units)
-        and x.device.type == "cpu"
-        and x.dtype in build.SUFFIXES
-        # Autocast chooses a precision for each of the modules.
-        and not torch.is_autocast_enabled("cpu")
-        and build.is_built()
-        and all(_fits(unit, x.dtype) for unit in units)
+        and types is not None
+        and all(_fits(unit, types.weights) for unit in units)
         and _fits_input(units, x)
-        and _fits_output(units, x, scale, addend)
+        and _fits_output(units, x, scale, addend, types)
     )
 
 
@@ -111,17 +98,21 @@ def _fits_input(units: Sequence[Unit], x: Tensor) -> bool:
 
 
 def _fits_output(
-    units: Sequence[Unit], x: Tensor, scale: Tensor | None, addend: Tensor | None
+    units: Sequence[Unit],
+    x: Tensor,
+    scale: Tensor | None,
+    addend: Tensor | None,
+    types: Precision,
 ) -> bool:
     """Whether a channel of the output has several pixels, and scale and addend are made for it."""
     images, _, *size = x.shape
-    stride = math.prod(unit.depthwise.stride[0] for unit in units)
+    stride = math.prod([unit.depthwise.stride[0] for unit in units])
     height, width = (-(-length // stride) for length in size)
     shape = images, len(units[-1].pointwise.weight), height, width
     return (
         images * height * width > 1  # one alone cannot be normalized
-        and (scale is None or (scale.dtype == x.dtype and scale.shape == shape[1:2]))
-        and (addend is None or (addend.dtype == x.dtype and addend.shape == shape))
+        and (scale is None or (scale.dtype == types.weights and scale.shape == shape[1:2]))
+        and (addend is None or (addend.dtype == types.maps and addend.shape == shape))
     )
 
 
@@ -139,6 +130,9 @@ def fused(
     Returns:
         [B, G O, H', W'].
     """
+    types = precision(x)
+    assert types is not None
+    x = x.to(types.maps)
     for unit in units:
         _, depthwise, pointwise, norm = unit
         last = unit is units[-1]
@@ -175,7 +169,7 @@ def normalized_separable(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """`batch_norm(conv2d(depthwise_conv2d(relu(x)))) + addend` in training, in C.
+    """`batch_norm(conv2d(depthwise_conv2d(relu(x)))) + addend` in training, as one operation.
 
     Args:
         x: [B, G I, H, W], or [B, I, H, W] that all groups read.
@@ -240,7 +234,9 @@ class NormalizedSeparable(torch.autograd.Function):
         if not any(wanted):
             found = [None] * len(wanted)
         elif torch.is_grad_enabled():
-            found = _differentiable_gradients(gradient, inputs, ctx.options, wanted)
+            found = differentiable_gradients(
+                lambda *given: _formula(*given, *ctx.options), inputs, gradient, wanted
+            )
         else:
             stride, dilation, _ = ctx.options
             found = torch.ops.dartsl.normalized_separable_backward(
@@ -248,25 +244,6 @@ class NormalizedSeparable(torch.autograd.Function):
             )
         of_inputs = (single if want else None for single, want in zip(found, wanted, strict=True))
         return *of_inputs, gradient if addend_wanted else None, None, None, None
-
-
-def _differentiable_gradients(
-    gradient: Tensor, inputs: Sequence[Any], options: Sequence[Any], wanted: Sequence[bool]
-) -> list[Tensor | None]:
-    """The gradients of x, the weights, scale and bias, by functions that know theirs."""
-    # Views: the gradients end here, even where one of the inputs is made from another.
-    ends = [
-        tensor.view_as(tensor) if want else tensor
-        for tensor, want in zip(inputs, wanted, strict=True)
-    ]
-    found = torch.autograd.grad(
-        _formula(*ends, *options),
-        [end for end, want in zip(ends, wanted, strict=True) if want],
-        gradient,
-        create_graph=True,
-    )
-    remaining = iter(found)
-    return [next(remaining) if want else None for want in wanted]
 
 
 def _formula(
@@ -284,5 +261,6 @@ def _formula(
     x = F.relu(x)
     if x.shape[1] < len(depthwise):
         x = torch.cat([x] * groups, dim=1)
-    y = F.conv2d(depthwise_conv2d(x, depthwise, stride, dilation), pointwise, groups=groups)
+    weights = depthwise.to(x.dtype), pointwise.to(x.dtype)
+    y = F.conv2d(depthwise_conv2d(x, weights[0], stride, dilation), weights[1], groups=groups)
     return F.batch_norm(y, None, None, scale, bias, True, 0.0, eps)

@@ -39,7 +39,7 @@ from dartsl.loggers import finished_runs, publish
 from dartsl.modules.resumable import check_same_tensors
 from dartsl.report import leave_report, write_report
 from dartsl.resume import find_checkpoint, resumable
-from dartsl.runs import compile_network, prepare, running
+from dartsl.runs import speed_up, prepare, running
 from dartsl.sweep import load_result, save_result
 from dartsl.terminal import print_command, print_summary
 from dartsl.visualize import draw_genotypes, save_figure
@@ -54,7 +54,7 @@ def search(cfg: DictConfig) -> float | None:
     cfg.ckpt_path = find_checkpoint(cfg)
     with running(cfg, run_as_other) as (trainer, data):
         twice = getattr(module.hypergradient, "differentiates_twice", False)
-        compile_network(cfg, trainer, module.supernet, twice)
+        speed_up(cfg, trainer, module.supernet, twice)
         trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
         leave_report(cfg.output_dir)
         if is_first_process():
@@ -78,7 +78,7 @@ def train(cfg: DictConfig) -> float | None:
     module = build(cfg.module)(network=network)
     cfg.ckpt_path = find_checkpoint(cfg)
     with running(cfg, run_as_other) as (trainer, data):
-        compile_network(cfg, trainer, module.network)
+        speed_up(cfg, trainer, module.network)
         if is_first_process():
             genotype.save(Path(cfg.output_dir) / GENOTYPE_FILE)
         trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)

@@ -208,7 +208,8 @@ class ResizedCropJitter:
 
 def _normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """To [0, 1], then (x - mean) / std: torchvision's ToTensor and Normalize, bit for bit."""
-    scaled = images.to(torch.float32).div_(255)
+    # Not by a number, whose inverse a GPU would multiply by.
+    scaled = images.to(torch.float32).div_(torch.full((), 255.0, device=images.device))
     return scaled.sub_(_per_channel(mean, images.device)).div_(_per_channel(std, images.device))
 
 

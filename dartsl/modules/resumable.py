@@ -204,13 +204,18 @@ class ResumableModule(pl.LightningModule):
 def make_optimizer(
     factory: OptimizerFactory, parameters: list[nn.Parameter], name: str
 ) -> torch.optim.Optimizer:
-    """The optimizer of some parameters.
+    """The optimizer of some parameters; on a GPU one kernel updates them all, where there is one.
 
     Raises:
         UserError: where it refuses its settings; says whose optimizer it is by `name`.
     """
     try:
-        return factory(parameters)
+        optimizer = factory(parameters)
+        for group in optimizer.param_groups:
+            undecided = group.get("fused", False) is None and group.get("foreach") is None
+            if undecided and all(parameter.is_cuda for parameter in group["params"]):
+                group["fused"] = True  # whose skipped steps the host need not know of
+        return optimizer
     except (TypeError, ValueError) as error:
         raise UserError(f"The optimizer of {name} refuses its settings: {error}.") from error
 

@@ -1,5 +1,5 @@
-/* What dartsl computes in C on a CPU, for float and for double. Python calls `separable` and
- * `separable_backward`, see separable.py; all maps are in channels_last.
+/* What dartsl computes in C on a CPU, for float and for double. Python calls `separable`, `pools`
+ * and their gradients, see separable.py and pools.py; all maps are in channels_last.
  *
  * A batch is always parted in the same way, and the parts' sums are added in their order: any
  * number of threads gives the same bits. Functions return 0, or 1 where there is no memory.
@@ -25,12 +25,19 @@ typedef struct {
     int64_t threads;
 } Separable;
 
+/* Of the three maps those that are 1. */
+typedef struct {
+    int64_t images, channels, height, width, stride, edges, identity, maximum, average;
+    int64_t threads;
+} Pools;
+
 /* A batch in parts of whole images, of so many pixels each. */
 typedef struct {
     int64_t images, pixels, number;
 } Parts;
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 static Parts parts_of(int64_t images, int64_t pixels) {
     return (Parts){images, pixels, least(images, MAX_PARTS)};
@@ -73,6 +80,7 @@ static void join(double *mean, double *squares, double before, double other, dou
 #include "depthwise.h"
 #include "product.h"
 #include "separable.h"
+#include "pools.h"
 #undef REAL
 #undef NAME
 
@@ -83,3 +91,4 @@ static void join(double *mean, double *squares, double before, double other, dou
 #include "depthwise.h"
 #include "product.h"
 #include "separable.h"
+#include "pools.h"

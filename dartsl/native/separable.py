@@ -148,7 +148,7 @@ def _results(
         torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         for _ in range(2)
     )
-    return output, y, x.new_empty(3, channels)
+    return output, y, pointwise.new_empty(3, channels)
 
 
 def _gradients(
@@ -158,10 +158,10 @@ def _gradients(
     of_weights = of_depthwise or of_pointwise
     return [
         torch.empty_like(x, memory_format=torch.channels_last) if of_x else x.new_empty(0),
-        x.new_empty(depthwise.shape if of_weights else 0),
-        x.new_empty(pointwise.shape if of_weights else 0),
-        x.new_empty(len(pointwise) if of_scale else 0),
-        x.new_empty(len(pointwise) if of_bias else 0),
+        depthwise.new_empty(depthwise.shape if of_weights else 0),
+        pointwise.new_empty(pointwise.shape if of_weights else 0),
+        pointwise.new_empty(len(pointwise) if of_scale else 0),
+        pointwise.new_empty(len(pointwise) if of_bias else 0),
     ]
 
 

@@ -3,7 +3,7 @@
 Shapes: B images, C channels, H x W pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import cast
 
 import torch
@@ -42,19 +42,21 @@ class Cell(nn.Module):
             for primitive, source in edges
         )
 
-    def forward(self, s0: Tensor, s1: Tensor, drop_path_prob: float) -> Tensor:
+    def forward(
+        self, s0: Tensor, s1: Tensor, drop_path_prob: float | Tensor | None
+    ) -> Tensor:
         """The concatenation of the nodes in `concat`.
 
         Args:
             s0: output of the cell before the last, [B, channels_prev_prev, H, W].
             s1: output of the last cell, [B, channels_prev, H, W].
-            drop_path_prob: of every operation but the identity; 0 outside training.
+            drop_path_prob: of every operation but the identity; None drops none.
         """
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         outputs: list[Tensor] = []
         for source, operation in zip(self.sources, self.operations, strict=True):
             output = operation(states[source])
-            if drop_path_prob > 0 and not isinstance(operation, nn.Identity):
+            if drop_path_prob is not None and not isinstance(operation, nn.Identity):
                 output = drop_path(output, drop_path_prob)
             outputs.append(output)
             if len(outputs) == 2:
@@ -148,6 +150,9 @@ class FinalNetwork(nn.Module):
             if primitive not in OPERATIONS:
                 raise unknown("primitive", primitive, OPERATIONS)
         self.genotype = genotype
+        # Read where it is by a pass that is replayed.
+        self.register_buffer("drop_path_prob_on_device", torch.zeros(()), persistent=False)
+        self.drop_path_prob_on_device: Tensor
         self.drop_path_prob = 0.0
         self.recompute = recompute
         self.stem_name = stem
@@ -173,6 +178,19 @@ class FinalNetwork(nn.Module):
         self.classifier = nn.Linear(channels_prev, num_classes)
         self.memory_format = torch.channels_last
         self.to(memory_format=self.memory_format)
+
+    @property
+    def drop_path_prob(self) -> float:
+        return self._drop_path_prob
+
+    @drop_path_prob.setter
+    def drop_path_prob(self, value: float) -> None:
+        self._drop_path_prob = value
+        self.drop_path_prob_on_device.fill_(value)
+
+    def variant(self) -> Hashable:
+        """What a pass depends on beside tensors: whether there is drop path."""
+        return self.drop_path_prob > 0
 
     def regions(self) -> list[nn.Module]:
         """What `compile_regions` compiles: the operations that compute anything."""
@@ -217,7 +235,9 @@ class FinalNetwork(nn.Module):
 
         The second is None in evaluation mode and without an auxiliary head.
         """
-        drop_path_prob = self.drop_path_prob if self.training else 0.0
+        drop_path_prob: float | Tensor | None = None
+        if self.training and self.drop_path_prob > 0:
+            drop_path_prob = self.drop_path_prob_on_device if x.is_cuda else self.drop_path_prob
         auxiliary_logits = None
         s0, s1 = self._stem(x.contiguous(memory_format=self.memory_format))
         for index, cell in enumerate(self.cells):

@@ -11,6 +11,7 @@ and buffers are those of the copies, one after the other along their first dimen
 """
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from dartsl.batch_norm import batch_norm
 from dartsl.depthwise import DepthwiseConv2d
+from dartsl.fused import precision
 from dartsl.operations import (
     OPERATIONS,
     DilatedConv,
@@ -28,6 +30,8 @@ from dartsl.operations import (
     Zero,
     even_and_odd_pixels,
 )
+from dartsl.native.pools import IDENTITY
+from dartsl.pools import WeightedPools, kind_of
 from dartsl.separable import can_fuse, fused, units_of
 
 Pool = nn.MaxPool2d | nn.AvgPool2d
@@ -188,19 +192,83 @@ def normalized_pools(pools: Sequence[NormalizedPool], x: Tensor) -> list[Tensor]
     """
     if not pools:
         return []
-    norms = [cast(MergedBatchNorm, norm) for _, norm in pools]
+    norms = _norms(pools)
     maps = torch.cat([pool(x) for pool, _ in pools], dim=1)
     mean, var = maps.new_zeros(2, maps.shape[1], dtype=norms[0].running_mean.dtype).unbind()
     normalized = batch_norm(
         maps, mean, var, momentum=1.0, eps=norms[0].eps, synchronized=norms[0].synchronized
     )
+    _follow(norms, mean, var)
+    return list(normalized.chunk(len(pools), dim=1))
+
+
+def can_share(operations: Sequence[nn.Module], x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether `shared_sum` takes these in this place."""
+    pools = [operation for operation in operations if isinstance(operation, NormalizedPool)]
+    kinds = [_kind_of(operation) for operation in operations]
+    types = precision(x)
+    return (
+        bool(pools)
+        and types is not None
+        and None not in kinds
+        and len(set(kinds)) == len(kinds)
+        and all(weight.dtype == types.weights for weight in weights)
+        and all(_fits(norm, types.weights) for norm in _norms(pools))
+        # A channel with one pixel cannot be normalized.
+        and x.shape[0] * math.prod([-(-size // pools[0][0].stride) for size in x.shape[2:]]) > 1
+    )
+
+
+def shared_sum(operations: Sequence[nn.Module], x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """In training, the weighted sum of the identity and `normalized_pools`, as one operation.
+
+    Args:
+        operations: M, see `can_share`.
+        x: [B, C, H, W].
+        weights: of the operations, M times [k].
+
+    Returns:
+        [B, k C, H', W'].
+    """
+    kinds = [cast(int, _kind_of(operation)) for operation in operations]
+    order = sorted(range(len(kinds)), key=kinds.__getitem__)
+    pools = [cast(NormalizedPool, operations[i]) for i in order if kinds[i] != IDENTITY]
+    norms = _norms(pools)
+    types = precision(x)
+    assert types is not None
+    output, statistics = WeightedPools.apply(
+        x.to(types.maps),
+        torch.stack([weights[i] for i in order], dim=1),
+        sorted(kinds),
+        pools[0][0].stride,
+        norms[0].eps,
+    )
+    mean, _, var = statistics.unbind()
+    _follow(norms, mean, var)
+    return output
+
+
+def _kind_of(operation: nn.Module) -> int | None:
+    return kind_of(operation[0] if isinstance(operation, NormalizedPool) else operation)
+
+
+def _norms(pools: Sequence[NormalizedPool]) -> list[MergedBatchNorm]:
+    return [cast(MergedBatchNorm, norm) for _, norm in pools]
+
+
+def _fits(norm: MergedBatchNorm, dtype: torch.dtype) -> bool:
+    return not norm.synchronized and norm.running_var.dtype == dtype
+
+
+def _follow(norms: Sequence[MergedBatchNorm], mean: Tensor, var: Tensor) -> None:
+    """Every edge's running statistics follow the batch's, [P C] of P norms."""
+    channels = len(mean) // len(norms)
     running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
-    by_edge = [statistic.view(-1, x.shape[1]) for statistic in running]
-    batch = [*mean.split(x.shape[1]), *var.split(x.shape[1])]
+    by_edge = [statistic.view(-1, channels) for statistic in running]
     with torch.no_grad():
+        batch = [*mean.split(channels), *var.split(channels)]
         ends = [statistic.expand_as(by_edge[0]) for statistic in batch]
         torch._foreach_lerp_(by_edge, ends, norms[0].momentum)
-    return list(normalized.chunk(len(pools), dim=1))
 
 
 class PerEdge(nn.ModuleList):

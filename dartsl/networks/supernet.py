@@ -4,7 +4,7 @@ Shapes: B images, C channels, H x W pixels, E edges of a cell (14), P primitives
 """
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import cast
 
 import torch
@@ -17,12 +17,15 @@ from dartsl.networks.merged import (
     MergedBatchNorm,
     NormalizedPool,
     Source,
+    can_share,
     merged_operation,
     normalized_pools,
+    shared_sum,
 )
 from dartsl.networks.regions import recomputed
 from dartsl.networks.relaxation import Softmax
 from dartsl.operations import ReLUConvBN, Zero
+from dartsl.pools import weigh_maps
 from dartsl.search_space import CELL_KINDS, SearchSpace, discretize
 
 MixedOperationFactory = Callable[[int, int, Sequence[str], int], nn.Module]
@@ -69,44 +72,39 @@ class MixedOperation(nn.Module):
         pools = [op for op in weights_of if isinstance(op, NormalizedPool) and self.training]
         # 'none' adds exactly 0, its weight has gradient 0: it acts through Eq. 2 alone.
         others = [op for op in weights_of if not isinstance(op, Zero) and op not in skips + pools]
+        shared = skips + pools
+        columns = [weights_of[op] for op in shared]
         # Of every edge: from the maps that all edges share, and from operations of its own.
         terms: list[Sequence[Tensor]] = []
-        if skips or pools:
+        merged: Tensor | None = None
+        if can_share(shared, x, columns):
+            merged = shared_sum(shared, x, columns)
+        elif shared:
             maps = [x] * len(skips) + normalized_pools(pools, x)
-            terms.append(weigh_maps(maps, [weights_of[op] for op in skips + pools]))
+            terms.append(weigh_maps(maps, torch.stack(columns, dim=1)))
         if others:
-            merged = self._merged_sum(x, others, [weights_of[op] for op in others])
+            merged = self._merged_sum(x, others, [weights_of[op] for op in others], merged)
+        if merged is not None:
             # Chunks, not one sum over all edges: their gradients come back in channels_last.
             terms.append(merged.chunk(self.num_edges, dim=1))
         return [_sum(of_edge) for of_edge in zip(*terms, strict=True)]
 
     def _merged_sum(
-        self, x: Tensor, operations: Sequence[nn.Module], columns: Sequence[Tensor]
+        self,
+        x: Tensor,
+        operations: Sequence[nn.Module],
+        columns: Sequence[Tensor],
+        total: Tensor | None,
     ) -> Tensor:
-        """Sum [B, k C, H', W'] of the operations on x [B, C, H, W], weighted by columns [k]."""
+        """Sum [B, k C, H', W'] of total and operations on x [B, C, H, W], weighted by columns [k].
+        """
         source = Source(x, self.num_edges)
         # Each edge's weight once for every channel. Not an expanded view: the gradients of a
         # BatchNorm are NaN where its weight has stride 0.
         rows = torch.stack(list(columns)).repeat_interleave(x.shape[1], dim=1).unbind()
-        total: Tensor | None = None
         for operation, row in zip(operations, rows, strict=True):
             total = operation(source, row, total)
         return cast(Tensor, total)
-
-
-def weigh_maps(maps: Sequence[Tensor], columns: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Weighted sums of maps that all edges share, as one matrix product.
-
-    Args:
-        maps: M times [B, C, H, W].
-        columns: the edges' weights of each map, M times [k].
-
-    Returns:
-        k sums [B, C, H, W], in channels_last.
-    """
-    stacked = torch.stack([single.movedim(1, -1) for single in maps])
-    sums = torch.stack(list(columns), dim=1) @ stacked.flatten(1)
-    return sums.view(-1, *stacked.shape[1:]).movedim(-1, 2).unbind()
 
 
 def _sum(terms: Iterable[Tensor]) -> Tensor:
@@ -270,6 +268,15 @@ class Supernet(nn.Module):
     def regions(self) -> list[nn.Module]:
         """What `compile_regions` compiles: the mixed operations."""
         return [mixed for cell in self.cells for mixed in cast(SearchCell, cell).sources]
+
+    def variant(self) -> Hashable:
+        """What a pass depends on beside tensors: numbers that relaxations keep, as they anneal."""
+        return tuple(
+            (name, value)
+            for module in self.relaxations.modules()
+            for name, value in vars(module).items()
+            if isinstance(value, int | float)
+        )
 
     def arch_parameters(self) -> list[nn.Parameter]:
         """Raw alpha [E, P] of the normal and the reduction cell, then the relaxation's own."""

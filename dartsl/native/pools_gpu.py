@@ -1,0 +1,404 @@
+"""`dartsl.native.pools` on a GPU, in Triton.
+
+Shapes: B images, C channels, H x W pixels of x, H' x W' of the output, N output pixels B H' W', k
+edges, M maps. All maps are in channels_last, in single or half precision; weights, statistics and
+sums are in single precision. As in `pools.h`, a normalized map is never in memory.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dartsl.native import pools
+from dartsl.native.triton_sums import counters, is_last, parts_of, room, share, tile_of
+
+
+# Numbers that no kernel is compiled anew for.
+SIZES = ["pixels", "height", "width", "out_height", "out_width", "step", "tiles", "edges"]
+
+
+@triton.jit
+def _pixel(x, ok, b, row, column, height, width, channels, c):
+    """Pixels of x [P, C], and which of them there are [P]."""
+    ok = ok & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    at = ((b * height + row) * width + column)[:, None] * channels + c[None, :]
+    found = tl.load(x + at, mask=ok[:, None] & (c < channels)[None, :], other=0.0)
+    return found.to(tl.float32), ok
+
+
+@triton.jit
+def _window(
+    x, ok, b, h, w, height, width, step, channels, c, P: tl.constexpr, C: tl.constexpr
+):  # fmt: skip
+    """The highest of 3 x 3 pixels, which of them it is first, and their average."""
+    highest = tl.full([P, C], float("-inf"), tl.float32)
+    first = tl.zeros([P, C], tl.int32)
+    total = tl.zeros([P, C], tl.float32)
+    number = tl.zeros([P], tl.float32)
+    for tap in tl.static_range(9):
+        value, there = _pixel(
+            x, ok, b, h * step + tap // 3 - 1, w * step + tap % 3 - 1, height, width, channels, c
+        )
+        higher = there[:, None] & ((value > highest) | (value != value))
+        highest = tl.where(higher, value, highest)
+        first = tl.where(higher, tap, first)
+        total += value
+        number += there.to(tl.float32)
+    return highest, first, total / tl.maximum(number, 1.0)[:, None]
+
+
+@triton.jit
+def _moments(value, ok, count, mean, squares):
+    """Mean and squares around it, of so many pixels before and of these (Chan et al., 1979)."""
+    number = tl.sum(ok.to(tl.float32))
+    of_tile = tl.sum(tl.where(ok[:, None], value, 0.0), 0) / tl.maximum(number, 1.0)
+    around = tl.where(ok[:, None], value - of_tile[None, :], 0.0)
+    share = number / tl.maximum(count + number, 1.0)
+    squares += tl.sum(around * around, 0) + (of_tile - mean) * (of_tile - mean) * count * share
+    return mean + (of_tile - mean) * share, squares
+
+
+@triton.jit
+def _finish(
+    partial, statistics, pixels, size, channels, at, ok, eps, C: tl.constexpr, ROWS: tl.constexpr
+):
+    """Of all programs' moments: mean, 1 / sqrt(var + eps), variance without bias."""
+    programs = tl.num_programs(0)
+    mean = tl.zeros([C], tl.float32)
+    squares = tl.zeros([C], tl.float32)
+    for begin in range(0, programs, ROWS):
+        means, _, counts = parts_of(partial, begin, programs, channels, at, pixels, size, ok, ROWS)
+        mean += tl.sum(means * counts, 0)
+    mean /= pixels
+    for begin in range(0, programs, ROWS):
+        means, sums, counts = parts_of(
+            partial, begin, programs, channels, at, pixels, size, ok, ROWS
+        )
+        around = means - mean[None, :]
+        squares += tl.sum(sums + counts * around * around, 0)
+    tl.store(statistics + at, mean, mask=ok)
+    tl.store(statistics + channels + at, 1 / tl.sqrt(squares / pixels + eps), mask=ok)
+    tl.store(statistics + 2 * channels + at, squares / (pixels - 1), mask=ok)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _pool(
+    x, y, partial, counter, statistics, eps,
+    pixels, height, width, out_height, out_width, step, tiles, channels,
+    MAXIMUM: tl.constexpr, AVERAGE: tl.constexpr,
+    P: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The pools [N, (MAXIMUM + AVERAGE) C], and their statistics."""
+    program, block = tl.program_id(0), tl.program_id(1)
+    c = block * C + tl.arange(0, C)
+    all_channels = (MAXIMUM + AVERAGE) * channels
+    second = MAXIMUM * channels + c  # where the average is
+    count = 0.0
+    mean = tl.zeros([C], tl.float32)
+    squares = tl.zeros([C], tl.float32)
+    average_mean = tl.zeros([C], tl.float32)
+    average_squares = tl.zeros([C], tl.float32)
+    for tile in range(tiles):
+        p = (program * tiles + tile) * P + tl.arange(0, P)
+        ok, b, h, w = tile_of(p, pixels, out_height, out_width)
+        mask = ok[:, None] & (c < channels)[None, :]
+        highest, _, average = _window(x, ok, b, h, w, height, width, step, channels, c, P, C)
+        if MAXIMUM:
+            highest = highest.to(y.dtype.element_ty)
+            tl.store(y + p[:, None] * all_channels + c[None, :], highest, mask=mask)
+            mean, squares = _moments(highest.to(tl.float32), ok, count, mean, squares)
+        if AVERAGE:
+            average = average.to(y.dtype.element_ty)
+            tl.store(y + p[:, None] * all_channels + second[None, :], average, mask=mask)
+            average_mean, average_squares = _moments(
+                average.to(tl.float32), ok, count, average_mean, average_squares
+            )
+        count += tl.sum(ok.to(tl.float32))
+    row = partial + program * 2 * all_channels
+    if MAXIMUM:
+        tl.store(row + c, mean, mask=c < channels)
+        tl.store(row + all_channels + c, squares, mask=c < channels)
+    if AVERAGE:
+        tl.store(row + second, average_mean, mask=c < channels)
+        tl.store(row + all_channels + second, average_squares, mask=c < channels)
+    if is_last(counter, block):
+        ok = c < channels
+        if MAXIMUM:
+            _finish(partial, statistics, pixels, tiles * P, all_channels, c, ok, eps, C, ROWS)
+        if AVERAGE:
+            _finish(partial, statistics, pixels, tiles * P, all_channels, second, ok, eps, C, ROWS)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _weigh(
+    x, y, statistics, weights, output, pixels, edges, channels,
+    IDENTITY: tl.constexpr, MAXIMUM: tl.constexpr, AVERAGE: tl.constexpr,
+    P: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Of every edge the weighted sum of the maps, [N, k C]."""
+    p = tl.program_id(0) * P + tl.arange(0, P)
+    c = tl.program_id(1) * C + tl.arange(0, C)
+    mask = (p < pixels)[:, None] & (c < channels)[None, :]
+    all_channels = (MAXIMUM + AVERAGE) * channels
+    second = MAXIMUM * channels + c
+    maps: tl.constexpr = IDENTITY + MAXIMUM + AVERAGE
+    if IDENTITY:
+        own = tl.load(x + p[:, None] * channels + c[None, :], mask=mask, other=0.0).to(tl.float32)
+    if MAXIMUM:
+        highest = _normalized(y, statistics, p, c, all_channels, mask, c < channels)
+    if AVERAGE:
+        average = _normalized(y, statistics, p, second, all_channels, mask, c < channels)
+    for e in range(edges):
+        total = tl.zeros([P, C], tl.float32)
+        if IDENTITY:
+            total += tl.load(weights + e * maps) * own
+        if MAXIMUM:
+            total += tl.load(weights + e * maps + IDENTITY) * highest
+        if AVERAGE:
+            total += tl.load(weights + e * maps + IDENTITY + MAXIMUM) * average
+        at = p[:, None] * (edges * channels) + (e * channels + c)[None, :]
+        tl.store(output + at, total.to(output.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _normalized(y, statistics, p, at, channels, mask, ok):
+    value = tl.load(y + p[:, None] * channels + at[None, :], mask=mask, other=0.0).to(tl.float32)
+    mean = tl.load(statistics + at, mask=ok, other=0.0)
+    return (value - mean[None, :]) * tl.load(statistics + channels + at, mask=ok, other=0.0)[None, :]
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _sum_edges(
+    gradient, x, y, statistics, partial, counter, totals, pixels, tiles, channels,
+    IDENTITY: tl.constexpr, MAXIMUM: tl.constexpr, AVERAGE: tl.constexpr,
+    P: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """[4, k C]: the sums over all pixels of an edge's gradient g, and of g times every map."""
+    program, block, edge = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    edges = tl.num_programs(2)
+    c = block * C + tl.arange(0, C)
+    ok = c < channels
+    all_channels = (MAXIMUM + AVERAGE) * channels
+    second = MAXIMUM * channels + c
+    total = tl.zeros([C], tl.float32)
+    of_own = tl.zeros([C], tl.float32)
+    of_highest = tl.zeros([C], tl.float32)
+    of_average = tl.zeros([C], tl.float32)
+    for tile in range(tiles):
+        p = (program * tiles + tile) * P + tl.arange(0, P)
+        mask = (p < pixels)[:, None] & ok[None, :]
+        at = p[:, None] * (edges * channels) + (edge * channels + c)[None, :]
+        g = tl.load(gradient + at, mask=mask, other=0.0).to(tl.float32)
+        total += tl.sum(g, 0)
+        if IDENTITY:
+            at = p[:, None] * channels + c[None, :]
+            of_own += tl.sum(g * tl.load(x + at, mask=mask, other=0.0).to(tl.float32), 0)
+        if MAXIMUM:
+            value = _normalized(y, statistics, p, c, all_channels, mask, ok)
+            of_highest += tl.sum(g * value, 0)
+        if AVERAGE:
+            value = _normalized(y, statistics, p, second, all_channels, mask, ok)
+            of_average += tl.sum(g * value, 0)
+    at = edge * channels + c
+    size = edges * channels
+    row = partial + program * 4 * size
+    tl.store(row + at, total, mask=ok)
+    tl.store(row + size + at, of_own, mask=ok)
+    tl.store(row + 2 * size + at, of_highest, mask=ok)
+    tl.store(row + 3 * size + at, of_average, mask=ok)
+    if is_last(counter, edge * tl.num_programs(1) + block):
+        programs = tl.num_programs(0)
+        for part in tl.static_range(4):
+            total = tl.zeros([C], tl.float32)
+            for begin in range(0, programs, ROWS):
+                rows = begin + tl.arange(0, ROWS)
+                where = partial + (rows[:, None] * 4 + part) * size + at[None, :]
+                mask = (rows < programs)[:, None] & ok[None, :]
+                total += tl.sum(tl.load(where, mask=mask, other=0.0, cache_modifier=".cg"), 0)
+            tl.store(totals + part * size + at, total, mask=ok)
+
+
+@triton.jit
+def _of_map(
+    gradient, weights, totals, p, c, mask, ok, pixels, channels, edges, value, inverse,
+    MAP: tl.constexpr, MAPS: tl.constexpr, PART: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a pool, from those of the edges, and from its normalized value."""
+    found = tl.zeros([P, C], tl.float32)
+    total = tl.zeros([C], tl.float32)
+    product = tl.zeros([C], tl.float32)
+    size = edges * channels
+    for e in range(edges):
+        weight = tl.load(weights + e * MAPS + MAP)
+        at = e * channels + c
+        g = tl.load(gradient + p[:, None] * size + at[None, :], mask=mask, other=0.0)
+        found += weight * g.to(tl.float32)
+        total += weight * tl.load(totals + at, mask=ok, other=0.0)
+        product += weight * tl.load(totals + PART * size + at, mask=ok, other=0.0)
+    around = found - (total / pixels)[None, :] - value * (product / pixels)[None, :]
+    return around * inverse[None, :]
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _of_maps(
+    gradient, x, y, statistics, weights, totals, found, first,
+    pixels, height, width, out_height, out_width, step, edges, channels,
+    IDENTITY: tl.constexpr, MAXIMUM: tl.constexpr, AVERAGE: tl.constexpr,
+    P: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """The maps' gradients [3, N, C], the average's for each of its pixels, and of every maximum
+    the first pixel that has it [N, C]."""
+    p = tl.program_id(0) * P + tl.arange(0, P)
+    c = tl.program_id(1) * C + tl.arange(0, C)
+    ok, b, h, w = tile_of(p, pixels, out_height, out_width)
+    there = c < channels
+    mask = ok[:, None] & there[None, :]
+    all_channels = (MAXIMUM + AVERAGE) * channels
+    maps: tl.constexpr = IDENTITY + MAXIMUM + AVERAGE
+    at = p[:, None] * channels + c[None, :]
+    if IDENTITY:
+        total = tl.zeros([P, C], tl.float32)
+        for e in range(edges):
+            where = p[:, None] * (edges * channels) + (e * channels + c)[None, :]
+            g = tl.load(gradient + where, mask=mask, other=0.0).to(tl.float32)
+            total += tl.load(weights + e * maps) * g
+        tl.store(found + at, total, mask=mask)
+    if MAXIMUM:
+        _, which, _ = _window(x, ok, b, h, w, height, width, step, channels, c, P, C)
+        tl.store(first + at, which.to(tl.int8), mask=mask)
+        value = _normalized(y, statistics, p, c, all_channels, mask, there)
+        inverse = tl.load(statistics + all_channels + c, mask=there, other=0.0)
+        total = _of_map(
+            gradient, weights, totals, p, c, mask, there, pixels, channels, edges, value, inverse,
+            IDENTITY, maps, 2, P, C,
+        )  # fmt: skip
+        tl.store(found + pixels * channels + at, total, mask=mask)
+    if AVERAGE:
+        second = MAXIMUM * channels + c
+        value = _normalized(y, statistics, p, second, all_channels, mask, there)
+        inverse = tl.load(statistics + all_channels + second, mask=there, other=0.0)
+        total = _of_map(
+            gradient, weights, totals, p, c, mask, there, pixels, channels, edges, value, inverse,
+            IDENTITY + MAXIMUM, maps, 3, P, C,
+        )  # fmt: skip
+        top, left = h * step - 1, w * step - 1
+        rows = tl.minimum(top + 3, height) - tl.maximum(top, 0)
+        number = rows * (tl.minimum(left + 3, width) - tl.maximum(left, 0))
+        total /= tl.maximum(number, 1).to(tl.float32)[:, None]
+        tl.store(found + 2 * pixels * channels + at, total, mask=mask)
+
+
+@triton.jit(do_not_specialize=[*SIZES, "out_pixels"])
+def _gather(
+    found, first, x_gradient,
+    pixels, height, width, out_pixels, out_height, out_width, step, channels,
+    IDENTITY: tl.constexpr, MAXIMUM: tl.constexpr, AVERAGE: tl.constexpr,
+    P: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """The gradient of x, [B H W, C], from those of the windows that a pixel is in."""
+    p = tl.program_id(0) * P + tl.arange(0, P)
+    c = tl.program_id(1) * C + tl.arange(0, C)
+    ok, b, h, w = tile_of(p, pixels, height, width)
+    mask = ok[:, None] & (c < channels)[None, :]
+    at = p[:, None] * channels + c[None, :]
+    total = tl.zeros([P, C], tl.float32)
+    if IDENTITY:
+        total += tl.load(found + at, mask=mask, other=0.0)
+    plane = out_pixels * channels
+    for tap in tl.static_range(9):
+        row, column = h + 1 - tap // 3, w + 1 - tap % 3  # of the window whose pixel `tap` it is
+        there = ok & (row >= 0) & (column >= 0)
+        there = there & (((row | column) & (step - 1)) == 0)  # step is 1 or 2
+        row, column = row >> (step - 1), column >> (step - 1)
+        there = there & (row < out_height) & (column < out_width)
+        where = ((b * out_height + row) * out_width + column)[:, None] * channels + c[None, :]
+        mask_there = there[:, None] & (c < channels)[None, :]
+        if MAXIMUM:
+            which = tl.load(first + where, mask=mask_there, other=-1)
+            g = tl.load(found + plane + where, mask=mask_there, other=0.0)
+            total += tl.where(which == tap, g, 0.0)
+        if AVERAGE:
+            total += tl.load(found + 2 * plane + where, mask=mask_there, other=0.0)
+    tl.store(x_gradient + at, total.to(x_gradient.dtype.element_ty), mask=mask)
+
+
+def forward(
+    x: Tensor, weights: Tensor, maps: Sequence[int], stride: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `dartsl.native.pools.forward`."""
+    output, y, statistics = made = pools._results(x, weights, maps, stride)
+    x, weights = x.contiguous(memory_format=torch.channels_last), weights.contiguous()
+    identity, *kinds = maps
+    channels, pixels = x.shape[1], output.numel() // output.shape[1]
+    block, columns = _blocks(channels)
+    programs, tiles = share(pixels, 64, columns)
+    _pool[programs, columns](
+        x, y, room(x, programs * 2 * y.shape[1]), counters(x.device), statistics, eps,
+        pixels, *x.shape[2:], *y.shape[2:], stride, tiles, channels, *kinds, P=64, C=block, ROWS=64,
+    )  # fmt: skip
+    _weigh[triton.cdiv(pixels, 64), columns](
+        x, y, statistics, weights, output, pixels, len(weights), channels,
+        identity, *kinds, P=64, C=block,
+    )  # fmt: skip
+    return made
+
+
+def backward(
+    gradient: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    y: Tensor,
+    statistics: Tensor,
+    maps: Sequence[int],
+    stride: int,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    """See `dartsl.native.pools.backward`."""
+    gradient, x, y = (
+        tensor.contiguous(memory_format=torch.channels_last) for tensor in (gradient, x, y)
+    )
+    weights = weights.contiguous()
+    of_x, of_weights = wanted
+    identity, *kinds = maps
+    channels, edges, pixels = x.shape[1], len(weights), gradient.numel() // gradient.shape[1]
+    block, columns = _blocks(channels)
+    programs, tiles = share(pixels, 64, columns * edges)
+    totals = room(x, 4 * edges * channels)
+    _sum_edges[programs, columns, edges](
+        gradient, x, y, statistics, room(x, programs * totals.numel()), counters(x.device), totals,
+        pixels, tiles, channels, *maps, P=64, C=block, ROWS=64,
+    )  # fmt: skip
+    found = [x.new_empty(0), weights.new_empty(0)]
+    if of_weights:
+        products = totals.view(4, edges, channels).sum(-1)
+        columns_of_maps = [products[1 + kind] for kind, is_map in enumerate(maps) if is_map]
+        found[1] = torch.stack(columns_of_maps, dim=1)
+    if of_x:
+        found[0] = torch.empty_like(x)
+        of_maps = room(x, 3 * pixels * channels)
+        first = torch.empty(pixels * channels, dtype=torch.int8, device=x.device)
+        sizes = *x.shape[2:], *y.shape[2:], stride
+        _of_maps[triton.cdiv(pixels, 64), columns](
+            gradient, x, y, statistics, weights, totals, of_maps, first,
+            pixels, *sizes, edges, channels, *maps, P=64, C=block,
+        )  # fmt: skip
+        height, width, *rest = sizes
+        x_pixels = x.shape[0] * height * width
+        _gather[triton.cdiv(x_pixels, 64), columns](
+            of_maps, first, found[0], x_pixels, height, width, pixels, *rest,
+            channels, *maps, P=64, C=block,
+        )  # fmt: skip
+    return found
+
+
+def _blocks(channels: int) -> tuple[int, int]:
+    """Channels that a program takes, and the number of programs that takes."""
+    block = min(32, max(8, triton.next_power_of_2(channels)))
+    return block, triton.cdiv(channels, block)
+
+
+torch.library.impl(pools.FORWARD, "CUDA", forward)
+torch.library.impl(pools.BACKWARD, "CUDA", backward)

@@ -1,0 +1,130 @@
+"""Pools with their BatchNorm, weighed and summed for many edges, as one operation.
+
+Shapes: B images, C channels, H x W pixels, k edges, M maps of which P are pools.
+
+The identity and the pools have no parameters: all edges that leave a node share their maps, and an
+edge's part is a weighted sum of them. `dartsl.native` passes over the node twice for all of it, and
+keeps the pools alone.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dartsl.fused import differentiable_gradients, has_hooks
+from dartsl.native.pools import AVERAGE, IDENTITY, MAXIMUM
+
+
+class AvgPool2d(nn.AvgPool2d):
+    """An `nn.AvgPool2d` with the right gradient on a GPU as well.
+
+    In channels_last and with padding PyTorch takes that of other windows there, and says nothing
+    (its issue 188344 of June 2026).
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H', W']."""
+        if not input.is_cuda:
+            return super().forward(input)
+        output = super().forward(input.contiguous())
+        return output.contiguous(memory_format=torch.channels_last)
+
+
+def weigh_maps(maps: Sequence[Tensor], weights: Tensor) -> tuple[Tensor, ...]:
+    """Weighted sums of maps that all edges share, as one matrix product.
+
+    Args:
+        maps: M times [B, C, H, W].
+        weights: [k, M].
+
+    Returns:
+        k sums [B, C, H, W], in channels_last.
+    """
+    stacked = torch.stack([single.movedim(1, -1) for single in maps])
+    sums = weights @ stacked.flatten(1)
+    return sums.view(-1, *stacked.shape[1:]).movedim(-1, 2).unbind()
+
+
+def kind_of(operation: nn.Module) -> int | None:
+    """Which map the operation gives; None if it is none of those that are weighed in C."""
+    # These types and no others made of them, which may compute something else.
+    if type(operation) is nn.Identity:
+        return IDENTITY
+    if type(operation) is nn.MaxPool2d:
+        options = operation.dilation, operation.return_indices
+        return MAXIMUM if _is_3x3(operation) and options == (1, False) else None
+    if type(operation) in (nn.AvgPool2d, AvgPool2d):
+        options = operation.count_include_pad, operation.divisor_override
+        return AVERAGE if _is_3x3(operation) and options == (False, None) else None
+    return None
+
+
+def _is_3x3(pool: nn.MaxPool2d | nn.AvgPool2d) -> bool:
+    return (
+        (pool.kernel_size, pool.padding, pool.ceil_mode) == (3, 1, False)
+        and pool.stride in (1, 2)
+        and not has_hooks(pool)
+    )
+
+
+class WeightedPools(torch.autograd.Function):
+    """Sums of x and its pools, which BatchNorm normalizes, weighted for every edge."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weights: Tensor, kinds: Sequence[int], stride: int, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """The sums, and statistics of the pools' batch.
+
+        Args:
+            ctx: of the function.
+            x: [B, C, H, W].
+            weights: [k, M].
+            kinds: of the maps, each once and in order; one at least is a pool.
+            stride: of the pools, 1 or 2; 1 if the identity is one of the maps.
+            eps: is added to the variances.
+
+        Returns:
+            [B, k C, ceil(H / stride), ceil(W / stride)] and [3, P C]: the pools' mean,
+            1 / sqrt(var + eps) and variance without bias.
+        """
+        maps = [int(kind in kinds) for kind in (IDENTITY, MAXIMUM, AVERAGE)]
+        output, y, statistics = torch.ops.dartsl.weighted_pools(x, weights, maps, stride, eps)
+        ctx.save_for_backward(x, weights, y, statistics)
+        ctx.options = maps, stride, eps
+        ctx.mark_non_differentiable(statistics)
+        ctx.set_materialize_grads(False)
+        return output, statistics
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        """Gradients of x and of the weights, as far as they are wanted."""
+        gradient, _ = gradients
+        wanted = ctx.needs_input_grad[:2]
+        if gradient is None or not any(wanted):
+            return (None,) * 5
+        x, weights, y, statistics = ctx.saved_tensors
+        found: Sequence[Tensor | None]
+        if torch.is_grad_enabled():
+            found = differentiable_gradients(
+                lambda *given: _formula(*given, *ctx.options), (x, weights), gradient, wanted
+            )
+        else:
+            found = torch.ops.dartsl.weighted_pools_backward(
+                gradient, x, weights, y, statistics, *ctx.options[:2], wanted
+            )
+        of_inputs = (single if want else None for single, want in zip(found, wanted, strict=True))
+        return *of_inputs, None, None, None
+
+
+def _formula(x: Tensor, weights: Tensor, maps: Sequence[int], stride: int, eps: float) -> Tensor:
+    """The sums, by PyTorch's functions."""
+    identity, maximum, average = maps
+    found = [x] * identity
+    pools = [F.max_pool2d(x, 3, stride, 1)] * maximum
+    pools += [AvgPool2d(3, stride, 1, count_include_pad=False)(x)] * average
+    found += [F.batch_norm(pool, None, None, training=True, eps=eps) for pool in pools]
+    return torch.cat(weigh_maps(found, weights.to(x.dtype)), dim=1)
