@@ -7,6 +7,9 @@ none but PyTorch's modules. This one sums over the processes by a function whose
 same sum, so that all kinds of hypergradient go through it.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
@@ -55,6 +58,35 @@ def batch_norm(
     if bias is not None:
         normalized = normalized + bias.view(-1, 1, 1)
     return normalized.to(x.dtype)
+
+
+Following = dict[float, tuple[list[Tensor], list[Tensor]]]
+_following: ContextVar[Following | None] = ContextVar("following", default=None)
+
+
+def follow(running: Sequence[Tensor], batch: Sequence[Tensor], momentum: float) -> None:
+    """Let running statistics follow the batch's; within `following_together` at its end."""
+    together = None if torch.compiler.is_compiling() else _following.get()
+    if together is None:
+        torch._foreach_lerp_(list(running), list(batch), momentum)
+        return
+    all_running, all_batch = together.setdefault(momentum, ([], []))
+    all_running += running
+    all_batch += batch
+
+
+@contextmanager
+def following_together() -> Iterator[None]:
+    """Within: `follow` waits; at the end all running statistics follow in one kernel."""
+    together: Following = {}
+    token = _following.set(together)
+    try:
+        yield
+    finally:
+        _following.reset(token)
+    with torch.no_grad():
+        for momentum, (running, batch) in together.items():
+            torch._foreach_lerp_(running, batch, momentum)
 
 
 @torch.compiler.disable

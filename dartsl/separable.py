@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dartsl.batch_norm import follow
 from dartsl.depthwise import DepthwiseConv2d, depthwise_conv2d
 from dartsl.fused import Precision, differentiable_gradients, has_hooks, precision
 from dartsl.native.separable import KERNELS
@@ -192,7 +193,7 @@ def normalized_separable(
         x, depthwise, pointwise, scale, bias, addend, stride, dilation, eps
     )
     mean, _, var = statistics.unbind()
-    torch._foreach_lerp_([running_mean, running_var], [mean, var], momentum)
+    follow([running_mean, running_var], [mean, var], momentum)
     return output
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dartsl.batch_norm import following_together
 from dartsl.errors import unknown
 from dartsl.genotype import Edge, Genotype
 from dartsl.networks.layout import check_sizes, preprocess_previous_previous, reduction_cells
@@ -240,9 +241,10 @@ class FinalNetwork(nn.Module):
             drop_path_prob = self.drop_path_prob_on_device if x.is_cuda else self.drop_path_prob
         auxiliary_logits = None
         s0, s1 = self._stem(x.contiguous(memory_format=self.memory_format))
-        for index, cell in enumerate(self.cells):
-            inputs = s0, s1, drop_path_prob
-            s0, s1 = s1, recomputed(cell, *inputs) if self.recompute else cell(*inputs)
-            if index == self.auxiliary_cell and self.auxiliary_head is not None and self.training:
-                auxiliary_logits = self.auxiliary_head(s1)
+        with following_together():
+            for index, cell in enumerate(self.cells):
+                inputs = s0, s1, drop_path_prob
+                s0, s1 = s1, recomputed(cell, *inputs) if self.recompute else cell(*inputs)
+                if index == self.auxiliary_cell and self.auxiliary_head and self.training:
+                    auxiliary_logits = self.auxiliary_head(s1)
         return self.classifier(F.adaptive_avg_pool2d(s1, 1).flatten(1)), auxiliary_logits

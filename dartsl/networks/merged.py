@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dartsl.batch_norm import batch_norm
+from dartsl.batch_norm import batch_norm, follow
 from dartsl.depthwise import DepthwiseConv2d
 from dartsl.fused import precision
 from dartsl.operations import (
@@ -268,7 +268,7 @@ def _follow(norms: Sequence[MergedBatchNorm], mean: Tensor, var: Tensor) -> None
     with torch.no_grad():
         batch = [*mean.split(channels), *var.split(channels)]
         ends = [statistic.expand_as(by_edge[0]) for statistic in batch]
-        torch._foreach_lerp_(by_edge, ends, norms[0].momentum)
+        follow(by_edge, ends, norms[0].momentum)
 
 
 class PerEdge(nn.ModuleList):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dartsl.batch_norm import following_together
 from dartsl.genotype import Genotype
 from dartsl.networks.layout import check_sizes, preprocess_previous_previous, reduction_cells
 from dartsl.networks.merged import (
@@ -259,10 +260,11 @@ class Supernet(nn.Module):
         output = self.stem(x.contiguous(memory_format=torch.channels_last))
         # Two cells read every output, both through a ReLU: it is taken once.
         s0 = s1 = F.relu(output)
-        for cell in self.cells:
-            inputs = s0, s1, weights[cast(SearchCell, cell).kind]
-            output = recomputed(cell, *inputs) if self.recompute else cell(*inputs)
-            s0, s1 = s1, F.relu(output)
+        with following_together():
+            for cell in self.cells:
+                inputs = s0, s1, weights[cast(SearchCell, cell).kind]
+                output = recomputed(cell, *inputs) if self.recompute else cell(*inputs)
+                s0, s1 = s1, F.relu(output)
         return self.classifier(F.adaptive_avg_pool2d(output, 1).flatten(1))
 
     def regions(self) -> list[nn.Module]:

@@ -1,0 +1,105 @@
+"""The weighed pools in Triton are PyTorch's."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from dartsl.pools import AvgPool2d, _formula
+from tests.triton_kernels import DEVICE, TOLERANCE, TYPES, difference, load
+
+gpu, triton_sums = load("pools_gpu"), load("triton_sums")
+
+# identity, maximum, average; stride, edges, channels, image
+CASES = [
+    ((1, 1, 1), 1, 3, 16, (6, 6)),
+    ((0, 1, 1), 2, 2, 16, (7, 9)),
+    ((0, 1, 1), 2, 2, 8, (8, 6)),
+    ((1, 1, 0), 1, 4, 5, (5, 4)),
+    ((1, 0, 1), 1, 1, 33, (5, 5)),
+    ((0, 1, 0), 1, 2, 16, (4, 4)),
+    ((0, 0, 1), 2, 2, 16, (6, 7)),
+    ((1, 1, 1), 1, 2, 3, (1, 7)),
+]
+
+
+def assert_equal(case: tuple, dtype: torch.dtype, *, rounded: bool = False) -> None:
+    maps, stride, edges, channels, image = case
+    torch.manual_seed(0)
+    x = torch.randn(2, channels, *image)
+    if rounded:  # many pixels of a window are its highest
+        x = x.round()
+    x, weights = x.to(dtype), torch.rand(edges, sum(maps))
+    ends = [x.double().requires_grad_(), weights.double().requires_grad_()]
+    expected = _formula(*ends, maps, stride, 1e-5)
+    gradient = torch.randn_like(expected).to(dtype)
+    of_inputs = torch.autograd.grad(expected, ends, gradient.double())
+    x, weights, gradient = x.to(DEVICE), weights.to(DEVICE), gradient.to(DEVICE)
+    output, y, statistics = gpu.forward(x, weights, maps, stride, 1e-5)
+    assert output.dtype == y.dtype == dtype
+    assert difference(output.cpu(), expected.detach()) < TOLERANCE[dtype]
+    var, mean = torch.var_mean(y.double().cpu(), (0, 2, 3))
+    assert torch.allclose(statistics[0].cpu().double(), mean, atol=1e-5)
+    assert torch.allclose(statistics[2].cpu().double(), var, rtol=1e-4)
+    for wanted in ((True, True), (True, False), (False, True)):
+        found = gpu.backward(gradient, x, weights, y, statistics, maps, stride, wanted)
+        for tensor, want, of_input in zip(found, wanted, of_inputs, strict=True):
+            assert tensor.numel() == want * of_input.numel()
+            assert not want or difference(tensor.cpu(), of_input) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_output_statistics_and_gradients(case) -> None:
+    assert_equal(case, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", TYPES[1:], ids=str)
+def test_half_precision_with_weights_in_single(dtype) -> None:
+    assert_equal(CASES[0], dtype)
+
+
+@pytest.mark.parametrize("case", CASES[:2], ids=str)
+def test_of_equal_pixels_the_first_has_the_gradient(case) -> None:
+    assert_equal(case, torch.float32, rounded=True)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 5])
+def test_few_programs_take_many_blocks_of_pixels(blocks, monkeypatch) -> None:
+    monkeypatch.setattr(triton_sums, "MAX_BLOCKS", blocks)
+    assert_equal(((1, 1, 1), 1, 2, 16, (17, 13)), torch.float32)
+
+
+def test_nan_is_the_highest() -> None:
+    x = torch.zeros(1, 2, 4, 4)
+    x[0, 0, 1, 1] = torch.nan
+    _, y, _ = gpu.forward(x.to(DEVICE), torch.ones(1, 1, device=DEVICE), (0, 1, 0), 1, 1e-5)
+    expected = torch.nn.functional.max_pool2d(x, 3, 1, 1)
+    assert torch.equal(y.isnan().cpu(), expected.isnan())
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_average_pools_gradient_in_channels_last(device, stride) -> None:
+    """On GPUs PyTorch's is another's."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 7, 6, dtype=torch.float64)
+    pool = AvgPool2d(3, stride, padding=1, count_include_pad=False)
+
+    def gradient(x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        output = pool(x)
+        weights = torch.arange(output.numel(), dtype=torch.float64).view(output.shape)
+        (output * weights.to(output.device)).sum().backward()
+        return x.grad.cpu()
+
+    actual = gradient(x.to(device).contiguous(memory_format=torch.channels_last))
+    windows = torch.nn.functional.avg_pool2d(torch.ones_like(x), 3, stride, 1) * 9
+
+    def literal(x: Tensor) -> Tensor:
+        return torch.nn.functional.avg_pool2d(x, 3, stride, 1) * 9 / windows
+
+    x.requires_grad_()
+    output = literal(x)
+    (output * torch.arange(output.numel(), dtype=torch.float64).view(output.shape)).sum().backward()
+    assert torch.allclose(actual, x.grad, rtol=1e-12)
