@@ -19,7 +19,11 @@ from torch import Tensor, nn
 from dartsl.batch_norm import follow
 from dartsl.depthwise import DepthwiseConv2d, depthwise_conv2d
 from dartsl.fused import Precision, differentiable_gradients, has_hooks, precision
+from dartsl.native import separable_sum  # noqa: F401, the operation
 from dartsl.native.separable import KERNELS
+
+
+MAX_CHAINS = 4  # that are summed at once
 
 
 class Unit(NamedTuple):
@@ -197,6 +201,133 @@ def normalized_separable(
     return output
 
 
+def sums_chains(x: Tensor) -> bool:
+    """Whether there is an operation that sums chains where x is: on a GPU."""
+    return x.is_cuda
+
+
+def can_sum(
+    chains: Sequence[Sequence[Unit]],
+    x: Tensor,
+    scales: Sequence[Tensor],
+    addend: Tensor | None = None,
+) -> bool:
+    """Whether `fused_sum` takes these in this place, where `sums_chains`."""
+    first = [chain[0] for chain in chains if chain]
+    units = [unit for chain in chains for unit in chain]
+    return (
+        1 < len(first) == len(chains) <= MAX_CHAINS
+        and all(len(chain) <= 2 for chain in chains)
+        and x.shape[1] == first[0].pointwise.weight.shape[1]
+        and all(unit.pointwise.weight.shape == first[0].pointwise.weight.shape for unit in units)
+        and len(first[0].depthwise.weight) == len(first[0].pointwise.weight)
+        and len({unit.depthwise.stride[0] for unit in first}) == 1
+        and all(chain[-1].depthwise.stride[0] == 1 for chain in chains if len(chain) == 2)
+        and all(unit.norm.weight is unit.norm.bias is None for unit in units)
+        and len({unit.norm.eps for unit in units}) == 1
+        and all(
+            can_fuse(chain, x, scale, addend) for chain, scale in zip(chains, scales, strict=True)
+        )
+    )
+
+
+def fused_sum(
+    chains: Sequence[Sequence[Unit]],
+    x: Tensor,
+    scales: Sequence[Tensor],
+    addend: Tensor | None = None,
+) -> Tensor:
+    """The sum of `fused(chain, x, scale)` over T chains, plus addend, as one operation.
+
+    Args:
+        chains: of one unit or two, see `can_sum`.
+        x: [B, I, H, W], which all groups of all chains read.
+        scales: T times [G I].
+        addend: [B, G I, H', W'].
+
+    Returns:
+        [B, G I, H', W'].
+    """
+    types = precision(x)
+    assert types is not None
+    # Chains of two units first.
+    order = sorted(range(len(chains)), key=lambda chain: -len(chains[chain]))
+    units = [chains[chain][0] for chain in order]
+    second = [chains[chain][1] for chain in order if len(chains[chain]) == 2]
+    dilations = [unit.depthwise.dilation[0] for unit in units + second]
+    options = dilations, len(second), units[0].depthwise.stride[0], units[0].norm.eps
+    output, *statistics = SeparableSum.apply(
+        x.to(types.maps),
+        torch.stack([scales[chain] for chain in order]),
+        addend,
+        options,
+        *(unit.depthwise.weight for unit in units + second),
+        *(unit.pointwise.weight for unit in units + second),
+    )
+    for level, found in zip((units, second), statistics, strict=True):
+        for unit, of_unit in zip(level, found.chunk(len(level), dim=1) if level else (), strict=True):
+            norm, (mean, _, var) = unit.norm, of_unit.unbind()
+            follow([norm.running_mean, norm.running_var], [mean, var], norm.momentum)
+    return output
+
+
+class SeparableSum(torch.autograd.Function):
+    """`fused_sum` with the statistics of the batch; see `dartsl.native.separable_sum`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scales: Tensor,
+        addend: Tensor | None,
+        options: tuple[Sequence[int], int, int, float],
+        *weights: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Output [B, G I, H', W'] and the statistics of the first and of the second units."""
+        half = len(weights) // 2
+        output, *kept = torch.ops.dartsl.separable_sum(
+            x, scales, addend, weights[:half], weights[half:], *options
+        )
+        ctx.save_for_backward(x, scales, *weights, *kept)
+        ctx.options = options
+        statistics = kept[1], kept[4]
+        ctx.mark_non_differentiable(*statistics)
+        ctx.set_materialize_grads(False)
+        return output, *statistics
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        """Gradients of x, the scales, addend and weights, as far as they are wanted."""
+        gradient = gradients[0]
+        if gradient is None:
+            return (None,) * len(ctx.needs_input_grad)
+        x, scales, *rest = ctx.saved_tensors
+        weights, kept = rest[:-5], rest[-5:]
+        half = len(weights) // 2
+        x_wanted, scales_wanted, addend_wanted, _, *weights_wanted = ctx.needs_input_grad
+        wanted = [x_wanted, scales_wanted, *weights_wanted]
+        found: Sequence[Tensor | None]
+        if not any(wanted):
+            found = [None] * len(wanted)
+        elif torch.is_grad_enabled():
+            found = differentiable_gradients(
+                lambda *given: _formula_of_sum(*given, options=ctx.options),
+                (x, scales, *weights),
+                gradient,
+                wanted,
+            )
+        else:
+            of_both = x_wanted, any(weights_wanted)
+            found = torch.ops.dartsl.separable_sum_backward(
+                gradient, x, scales, weights[:half], weights[half:], kept, *ctx.options[:3], of_both
+            )
+            found = [*found, *[None] * (len(wanted) - len(found))]
+        of_x, of_scales, *of_weights = (
+            single if want else None for single, want in zip(found, wanted, strict=True)
+        )
+        return of_x, of_scales, gradient if addend_wanted else None, None, *of_weights
+
+
 class NormalizedSeparable(torch.autograd.Function):
     """`normalized_separable` with the statistics of the batch; see `dartsl.native.separable`."""
 
@@ -265,3 +396,27 @@ def _formula(
     weights = depthwise.to(x.dtype), pointwise.to(x.dtype)
     y = F.conv2d(depthwise_conv2d(x, weights[0], stride, dilation), weights[1], groups=groups)
     return F.batch_norm(y, None, None, scale, bias, True, 0.0, eps)
+
+
+def _formula_of_sum(
+    x: Tensor,
+    scales: Tensor,
+    *weights: Tensor,
+    options: tuple[Sequence[int], int, int, float],
+) -> Tensor:
+    """`fused_sum` without addend and running statistics, by PyTorch's functions."""
+    dilations, deep, stride, eps = options
+    half, chains = len(weights) // 2, len(scales)
+    units = list(zip(weights[:half], weights[half:], dilations, strict=True))
+    total: Tensor | None = None
+    for chain, (scale, (depthwise, pointwise, dilation)) in enumerate(
+        zip(scales, units[:chains], strict=True)
+    ):
+        of_chain = x, depthwise, pointwise, None if chain < deep else scale, None, stride, dilation
+        term = _formula(*of_chain, eps)
+        if chain < deep:
+            depthwise, pointwise, dilation = units[chains + chain]
+            term = _formula(term, depthwise, pointwise, scale, None, 1, dilation, eps)
+        total = term if total is None else total + term
+    assert total is not None
+    return total

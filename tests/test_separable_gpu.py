@@ -1,10 +1,25 @@
 """The separable convolution with its BatchNorm in Triton is PyTorch's."""
 
+import copy
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dartsl.separable import _formula
+from dartsl import separable
+from dartsl.depthwise import DepthwiseConv2d
+from dartsl.fused import Precision
+from dartsl.networks import merged
+from dartsl.networks.merged import MergedBatchNorm
+from dartsl.separable import (
+    Unit,
+    _formula,
+    _formula_of_sum,
+    can_sum,
+    fused,
+    fused_sum,
+    units_of,
+)
 from tests.triton_kernels import DEVICE, TOLERANCE, TYPES, difference, load
 
 gpu, triton_sums = load("separable_gpu"), load("triton_sums")
@@ -132,3 +147,138 @@ def test_nan_is_not_rectified_away() -> None:
     output, _, _ = gpu.forward(*given, None, 1, 1, 1e-5)
     assert output[:, :16].isnan().all()  # of the first group, through its statistics
     assert not output[:, 16:].isnan().any()
+
+
+# kernels of the chains, dilations, how many have a second unit, edges, channels, stride, image
+SUMS = [
+    ((3, 5, 3, 5), (1, 1, 2, 2), 2, 3, 16, 1, (6, 6)),
+    ((3, 5, 3, 5), (1, 1, 2, 2), 2, 2, 16, 2, (7, 8)),
+    ((3, 5), (1, 2), 0, 2, 4, 1, (5, 6)),
+    ((5, 3, 7), (1, 1, 1), 3, 1, 8, 1, (6, 5)),
+    ((3, 3), (1, 2), 1, 2, 20, 1, (5, 5)),
+]
+
+
+def sum_inputs(case: tuple, dtype: torch.dtype) -> tuple:
+    """x, scales, weights, options, addend."""
+    kernels, dilations, deep, edges, channels, stride, image = case
+    torch.manual_seed(0)
+    total = edges * channels
+    kernels, dilations = kernels + kernels[:deep], dilations + (1,) * deep
+    x = torch.randn(2, channels, *image).to(dtype)
+    weights = [torch.randn(total, 1, k, k) / k for k in kernels]
+    weights += [torch.randn(total, channels, 1, 1) / channels**0.5 for _ in kernels]
+    scales = torch.rand(len(case[0]), total) + 0.5
+    addend = torch.randn(2, total, *(-(-length // stride) for length in image)).to(dtype)
+    return x, scales, weights, (dilations, deep, stride, 1e-5), addend
+
+
+def assert_sum(case: tuple, dtype: torch.dtype, wanted=(True, True)) -> None:
+    x, scales, weights, options, addend = sum_inputs(case, dtype)
+    ends = [tensor.double().requires_grad_() for tensor in (x, scales, *weights)]
+    expected = _formula_of_sum(*ends, options=options)
+    gradient = torch.randn_like(expected).to(dtype)
+    of_inputs = torch.autograd.grad(expected, ends, gradient.double())
+    x, scales, addend, gradient = (t.to(DEVICE) for t in (x, scales, addend, gradient))
+    weights = [weight.to(DEVICE) for weight in weights]
+    half = len(weights) // 2
+    both = weights[:half], weights[half:]
+    output, *kept = gpu.forward_sum(x, scales, addend, *both, *options)
+    assert difference(output.cpu() - addend.cpu(), expected.detach()) < 2 * TOLERANCE[dtype]
+    found = gpu.backward_sum(gradient, x, scales, *both, kept, *options[:3], wanted)
+    assert len(found) == 2 + wanted[1] * len(weights)
+    assert found[0].numel() == wanted[0] * x.numel()
+    for tensor, of_input in list(zip(found, of_inputs, strict=False))[not wanted[0] :]:
+        assert difference(tensor.cpu(), of_input) < 2 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("case", SUMS, ids=str)
+def test_a_sum_of_chains(case) -> None:
+    assert_sum(case, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", TYPES[1:], ids=str)
+def test_a_sum_of_chains_in_half_precision(dtype) -> None:
+    assert_sum(SUMS[0], dtype)
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)])
+def test_a_sum_of_chains_whose_gradients_are_not_all_wanted(wanted) -> None:
+    assert_sum(SUMS[0], torch.float32, wanted)
+
+
+def chain(kernels: tuple[int, ...], dilation: int, edges: int, channels: int) -> list[Unit]:
+    """A merged chain's units."""
+    total = edges * channels
+    layers: list[nn.Module] = []
+    for kernel in kernels:
+        layers += [
+            nn.ReLU(),
+            DepthwiseConv2d(total, kernel, 1, dilation),
+            nn.Conv2d(total, total, 1, groups=edges, bias=False),
+            MergedBatchNorm(total, edges),
+        ]
+    return units_of(nn.ModuleList(layers).to(DEVICE))
+
+
+@pytest.fixture
+def here(monkeypatch) -> None:
+    """What is for a GPU, on whatever device the tests run."""
+    if DEVICE == "cuda":
+        return
+    for module in (separable, merged):
+        types = Precision(torch.float32, torch.float32)
+        monkeypatch.setattr(module, "precision", lambda x: types)
+    for name, function in {
+        "normalized_separable": gpu.forward,
+        "normalized_separable_backward": gpu.backward,
+        "separable_sum": gpu.forward_sum,
+        "separable_sum_backward": gpu.backward_sum,
+    }.items():
+        monkeypatch.setattr(torch.ops.dartsl, name, function)
+
+
+def test_summed_chains_are_the_chains_one_after_the_other(here) -> None:
+    """The output, all gradients, second derivatives and running statistics."""
+    torch.manual_seed(0)
+    chains = [chain((3,), 2, 2, 4), chain((3, 3), 1, 2, 4), chain((5, 5), 1, 2, 4)]
+    copies = copy.deepcopy(chains)
+    x, addend = torch.randn(2, 4, 5, 5, device=DEVICE), torch.randn(2, 8, 5, 5, device=DEVICE)
+    scales = list(torch.rand(3, 8, device=DEVICE) + 0.5)
+
+    def results(together: bool, chains: list[list[Unit]]) -> list[Tensor]:
+        weights = [w for units in chains for u in units for w in (u.depthwise.weight, u.pointwise.weight)]
+        inputs = [t.detach().clone().requires_grad_() for t in (x, addend, *scales)]
+        given, total, *rows = inputs
+        if together:
+            assert can_sum(chains, given, rows, total)
+            total = fused_sum(chains, given, rows, total)
+        else:
+            for units, row in zip(chains, rows, strict=True):
+                total = fused(units, given, row, total)
+        inputs += weights
+        value = total.square().sum()
+        first = torch.autograd.grad(value, inputs, retain_graph=True)
+        again = torch.autograd.grad(value, inputs, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in again), inputs)
+        running = [b for units in chains for u in units for b in u.norm.buffers()]
+        return [total.detach(), *first, *again, *second, *running]
+
+    pairs = zip(results(True, chains), results(False, copies), strict=True)
+    for actual, expected in pairs:
+        assert torch.allclose(actual, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_which_chains_are_summed(here) -> None:
+    x = torch.randn(2, 4, 5, 5, device=DEVICE)
+    rows = list(torch.ones(5, 8, device=DEVICE))
+    single, double = chain((3,), 2, 2, 4), chain((5, 5), 1, 2, 4)
+    assert can_sum([single, double], x, rows[:2])
+    assert not can_sum([single], x, rows[:1])
+    assert not can_sum([single] * 5, x, rows)
+    assert not can_sum([single, chain((3, 3, 3), 1, 2, 4)], x, rows[:2])
+    assert not can_sum([single, chain((3,), 1, 2, 8)], x, rows[:2])
+    assert not can_sum([single, double], x, [row.double() for row in rows[:2]])
+    assert not can_sum([single, double], torch.randn(2, 8, 5, 5, device=DEVICE), rows[:2])
+    single[0].norm.eval()
+    assert not can_sum([single, double], x, rows[:2])

@@ -52,7 +52,7 @@ _COUNTERS: dict[torch.device, Tensor] = {}
 def counters(device: torch.device) -> Tensor:
     """Zeros, as every kernel leaves them: kernels of one device that count run one by one."""
     if device not in _COUNTERS:
-        _COUNTERS[device] = torch.zeros(1024, dtype=torch.int32, device=device)
+        _COUNTERS[device] = torch.zeros(65536, dtype=torch.int32, device=device)
     return _COUNTERS[device]
 
 

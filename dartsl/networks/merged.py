@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dartsl.batch_norm import batch_norm, follow
 from dartsl.depthwise import DepthwiseConv2d
-from dartsl.fused import precision
+from dartsl.fused import has_hooks, precision
 from dartsl.operations import (
     OPERATIONS,
     DilatedConv,
@@ -32,7 +32,7 @@ from dartsl.operations import (
 )
 from dartsl.native.pools import IDENTITY
 from dartsl.pools import WeightedPools, kind_of
-from dartsl.separable import can_fuse, fused, units_of
+from dartsl.separable import Unit, can_fuse, fused, units_of
 
 Pool = nn.MaxPool2d | nn.AvgPool2d
 CHAIN_LAYERS = (nn.ReLU, nn.Conv2d, DepthwiseConv2d, nn.BatchNorm2d)
@@ -147,6 +147,14 @@ class MergedConv(nn.Module):
     def forward(self, source: Source, weights: Tensor, addend: Tensor | None = None) -> Tensor:
         """Weighted outputs [B, k C, H', W']; weights [k C]."""
         return self.op(source, weights, addend)
+
+
+def units_in(operation: nn.Module) -> list[Unit]:
+    """The units that a merged operation is a chain of; none if it is anything else."""
+    chain = operation.op if isinstance(operation, MergedConv) else operation
+    if not isinstance(chain, MergedChain) or has_hooks(operation) or has_hooks(chain):
+        return []
+    return units_of(chain)
 
 
 class MergedReduce(nn.Module):

@@ -1,0 +1,71 @@
+"""A scaled sum of chains of separable convolutions, and its gradients, for a GPU.
+
+Shapes: B images, H x W pixels, T chains of G groups of C inputs and C outputs. The first `deep`
+chains have a second convolution, whose weights stand behind those of the T first ones.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FORWARD = "dartsl::separable_sum"
+torch.library.define(
+    FORWARD,
+    "(Tensor x, Tensor scales, Tensor? addend, Tensor[] depthwise, Tensor[] pointwise,"
+    " int[] dilations, int deep, int stride, float eps) -> Tensor[]",
+)
+BACKWARD = "dartsl::separable_sum_backward"
+torch.library.define(
+    BACKWARD,
+    "(Tensor gradient, Tensor x, Tensor scales, Tensor[] depthwise, Tensor[] pointwise,"
+    " Tensor[] kept, int[] dilations, int deep, int stride, bool[] wanted) -> Tensor[]",
+)
+
+
+@torch.library.register_fake(FORWARD)
+def _fake_forward(
+    x: Tensor,
+    scales: Tensor,
+    addend: Tensor | None,
+    depthwise: Sequence[Tensor],
+    pointwise: Sequence[Tensor],
+    dilations: Sequence[int],
+    deep: int,
+    stride: int,
+    eps: float,
+) -> list[Tensor]:
+    chains, channels = scales.shape
+    size = -(-x.shape[2] // stride), -(-x.shape[3] // stride)
+
+    def new_map(channels: int) -> Tensor:
+        shape = len(x), channels, *size
+        return x.new_empty(shape).contiguous(memory_format=torch.channels_last)
+
+    return [
+        new_map(channels),
+        new_map(chains * channels),
+        scales.new_empty(3, chains * channels),
+        new_map(deep * channels),
+        new_map(deep * channels),
+        scales.new_empty(3, deep * channels),
+    ]
+
+
+@torch.library.register_fake(BACKWARD)
+def _fake_backward(
+    gradient: Tensor,
+    x: Tensor,
+    scales: Tensor,
+    depthwise: Sequence[Tensor],
+    pointwise: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    dilations: Sequence[int],
+    deep: int,
+    stride: int,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    of_x, of_weights = wanted
+    of_input = torch.empty_like(x, memory_format=torch.channels_last) if of_x else x.new_empty(0)
+    weights = [torch.empty_like(weight) for weight in (*depthwise, *pointwise)]
+    return [of_input, torch.empty_like(scales), *(weights if of_weights else [])]
