@@ -11,6 +11,7 @@ other, each with weights, a kernel size and a dilation of its own. Neither a dep
 nor a normalized map that is only summed is kept.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ MAX_BRANCHES = 4
 # Numbers that no kernel is compiled anew for.
 SIZES = [
     "pixels", "height", "width", "out_height", "out_width", "step", "tiles", "groups", "split",
-    "summed", "programs", "begin", "size_0", "size_1", "size_2", "size_3",
+    "summed", "programs", "sources", "all_groups", "channels", "all_channels", "begin", "size_0", "size_1", "size_2", "size_3",
     "dilation_0", "dilation_1", "dilation_2", "dilation_3",
 ]  # fmt: skip
 
@@ -63,14 +64,14 @@ def _forward(
     pointwise_0, pointwise_1, pointwise_2, pointwise_3,
     size_0, size_1, size_2, size_3, dilation_0, dilation_1, dilation_2, dilation_3,
     y, partial, counter, statistics, eps,
-    pixels, height, width, out_height, out_width, step, groups, tiles, channels, own,
-    I: tl.constexpr, O: tl.constexpr, WIDEST: tl.constexpr,
+    pixels, height, width, out_height, out_width, step, groups, tiles, channels,
+    I: tl.constexpr, O: tl.constexpr, WIDEST: tl.constexpr, OWN: tl.constexpr, UNIT: tl.constexpr,
     P: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """y [N, T G O], and [3, T G O]: its mean, 1 / sqrt(var + eps) and variance without bias.
 
-    A program takes `tiles` times P pixels of a group, which reads x from channel `own` times its
-    number among all on.
+    A program takes `tiles` times P pixels of a group, which reads inputs of its OWN, or those that
+    all read.
     """
     program, place_of_group = tl.program_id(0), tl.program_id(1)
     branch, group = place_of_group // groups, place_of_group % groups
@@ -79,6 +80,8 @@ def _forward(
     size = _of_branch(branch, size_0, size_1, size_2, size_3)
     dilation = _of_branch(branch, dilation_0, dilation_1, dilation_2, dilation_3)
     outputs = tl.num_programs(1) * O
+    channels *= UNIT
+    first_own = place_of_group * I if OWN else 0
     o, inner = tl.arange(0, BO), tl.arange(0, BI)
     count = 0.0
     mean = tl.zeros([BO], tl.float32)
@@ -87,7 +90,7 @@ def _forward(
         p = (program * tiles + tile) * P + tl.arange(0, P)
         ok, b, h, w = tile_of(p, pixels, out_height, out_width)
         product = tl.zeros([P, BO], tl.float32)
-        for first in tl.static_range(0, I, BI):
+        for first in range(0, I, BI):
             i = first + inner
             a = tl.zeros([P, BI], tl.float32)
             for line in range(size):
@@ -96,7 +99,7 @@ def _forward(
                     column = w * step + dilation * (place - size // 2)
                     found = _taken_in(
                         x, ok & (place < size), b, row, column, height, width, channels,
-                        place_of_group * own, i, I,
+                        first_own, i, I,
                     )  # fmt: skip
                     tap_at = (group * I + i) * size * size + line * size + place
                     tap = tl.load(depthwise + tap_at, mask=(i < I) & (place < size), other=0.0)
@@ -153,10 +156,11 @@ def _normalized(y, statistics, p, at, channels, mask, ok):
 @triton.jit(do_not_specialize=SIZES)
 def _normalize(
     y, statistics, scale, bias, addend, output, pixels, channels, all_channels,
-    SCALED: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr,
+    SCALED: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr, UNIT: tl.constexpr,
     P: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """scale (y - mean) inverse + bias + addend, [N, channels], of the first channels of y."""
+    channels, all_channels = channels * UNIT, all_channels * UNIT
     p = tl.program_id(0) * P + tl.arange(0, P)
     c = tl.program_id(1) * C + tl.arange(0, C)
     mask = (p < pixels)[:, None] & (c < channels)[None, :]
@@ -174,11 +178,15 @@ def _normalize(
 @triton.jit(do_not_specialize=SIZES)
 def _sum_maps(
     first, first_statistics, second, second_statistics, scales, addend, output,
-    pixels, channels, first_channels, second_channels,
-    FIRST: tl.constexpr, BEFORE: tl.constexpr, SECOND: tl.constexpr, ADDED: tl.constexpr,
-    P: tl.constexpr, C: tl.constexpr,
+    pixels, channels,
+    FIRST: tl.constexpr, BEHIND: tl.constexpr, SECOND: tl.constexpr, ADDED: tl.constexpr,
+    UNIT: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """The scaled sum [N, C'] of normalized maps: the first so many, and some of the second."""
+    """The scaled sum [N, C'] of normalized maps: the FIRST of one, and the SECOND of the other,
+    which stand BEHIND so many there.
+    """
+    channels *= UNIT
+    first_channels, second_channels = FIRST * channels, (BEHIND + SECOND) * channels
     p = tl.program_id(0) * P + tl.arange(0, P)
     c = tl.program_id(1) * C + tl.arange(0, C)
     ok = c < channels
@@ -192,7 +200,7 @@ def _sum_maps(
         value = _normalized(first, first_statistics, p, where, first_channels, mask, ok)
         total += value * tl.load(scales + where, mask=ok, other=0.0)[None, :]
     for m in tl.static_range(SECOND):
-        where = (BEFORE + m) * channels + c
+        where = (BEHIND + m) * channels + c
         value = _normalized(second, second_statistics, p, where, second_channels, mask, ok)
         scale = tl.load(scales + (FIRST + m) * channels + c, mask=ok, other=0.0)
         total += value * scale[None, :]
@@ -203,13 +211,14 @@ def _sum_maps(
 def _sum_gradient(
     gradient, y, statistics, partial, counter, sums, products,
     pixels, tiles, channels, all_channels, begin,
-    P: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
+    UNIT: tl.constexpr, P: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The sums over all pixels of g [N, C'] and of g (y - mean) / sqrt(var + eps).
 
     Program m along the third axis does so for the C' channels of y from `begin` + m C' on.
     """
     program, block, which = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    channels, all_channels, begin = channels * UNIT, all_channels * UNIT, begin * UNIT
     c = block * C + tl.arange(0, C)
     ok = c < channels
     at = begin + which * channels + c
@@ -250,8 +259,8 @@ def _pointwise_backward(
     pointwise_0, pointwise_1, pointwise_2, pointwise_3,
     size_0, size_1, size_2, size_3, dilation_0, dilation_1, dilation_2, dilation_3,
     scale, y, statistics, sums, products, inner_gradient, partial,
-    pixels, height, width, out_height, out_width, step, groups, split, tiles, channels, own,
-    I: tl.constexpr, O: tl.constexpr, WIDEST: tl.constexpr,
+    pixels, height, width, out_height, out_width, step, groups, split, tiles, channels,
+    I: tl.constexpr, O: tl.constexpr, WIDEST: tl.constexpr, OWN: tl.constexpr, UNIT: tl.constexpr,
     SCALED: tl.constexpr, WEIGHTS: tl.constexpr, INNER: tl.constexpr,
     P: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
@@ -272,6 +281,8 @@ def _pointwise_backward(
     if place_of_group < split:
         source, row_of_source, in_source = own_gradient, split * O, place_of_group * O
     outputs = all_groups * O
+    channels *= UNIT
+    first_own = place_of_group * I if OWN else 0
     o = tl.arange(0, BO)
     i = tl.program_id(2) * BI + tl.arange(0, BI)
     at = place_of_group * O + o
@@ -312,7 +323,7 @@ def _pointwise_backward(
                     column = w * step + dilation * (place - size // 2)
                     found = _taken_in(
                         x, ok & (place < size), b, row, column, height, width, channels,
-                        place_of_group * own, i, I,
+                        first_own, i, I,
                     )  # fmt: skip
                     found = _rectified(found)
                     tap_at = (group * I + i) * size * size + line * size + place
@@ -367,10 +378,11 @@ def _add_shares(
 def _depthwise_backward(
     inner_gradient, x, depthwise_0, depthwise_1, depthwise_2, depthwise_3,
     size_0, size_1, size_2, size_3, dilation_0, dilation_1, dilation_2, dilation_3, x_gradient,
-    pixels, height, width, out_height, out_width, step, groups, summed, channels, all_channels,
+    pixels, height, width, out_height, out_width, step, groups, summed, sources, all_groups,
     I: tl.constexpr, WIDEST: tl.constexpr, P: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     """The gradient of x, [B H W, S I]: the sum over `summed` groups that have read the same."""
+    channels, all_channels = sources * I, all_groups * I
     p = tl.program_id(0) * P + tl.arange(0, P)
     i = tl.program_id(1) * BI + tl.arange(0, BI)
     ok, b, h, w = tile_of(p, pixels, height, width)
@@ -413,7 +425,7 @@ class Level:
         dilations: of every branch.
     """
 
-    block = 64  # pixels
+    block = 32  # pixels
     inner_block = 16  # inputs
 
     def __init__(
@@ -446,12 +458,14 @@ class Level:
         channels = self.all_groups * self.outputs
         y = self.new_map(channels)
         statistics = self.pointwise[0].new_empty(3, channels)
+        unit = _unit(self.x.shape[1])
         _forward[self.programs, self.all_groups](
             self.x, *_four(self.depthwise), *_four(self.pointwise), *_four(self.kernels),
             *_four(self.dilations), y, room(y, self.programs * 2 * channels), counters(y.device),
             statistics, eps, self.pixels, *self.x.shape[2:], *self.size, self.stride, self.groups,
-            self.tiles, self.x.shape[1], self.own, self.inputs, self.outputs, self.widest,
-            P=self.block, BI=self.inner_block, BO=self.outer_block, ROWS=64,
+            self.tiles, self.x.shape[1] // unit, self.inputs, self.outputs, self.widest,
+            OWN=self.sources > 1, UNIT=unit, P=self.block, BI=self.inner_block, BO=self.outer_block,
+            ROWS=max(1, 1024 // self.outer_block),
         )  # fmt: skip
         return y, statistics
 
@@ -483,13 +497,14 @@ class Level:
         numbers = self.outputs * self.inputs + self.inputs * self.widest**2
         partial = room(y, self.programs * self.all_groups * numbers if of_weights else 0)
         chunks = triton.cdiv(self.inputs, self.inner_block)
+        unit = _unit(self.x.shape[1])
         _pointwise_backward[self.programs, self.all_groups, chunks](
             gradient, gradient if own_gradient is None else own_gradient, self.x,
             *_four(self.depthwise), *_four(self.pointwise), *_four(self.kernels),
             *_four(self.dilations), scale, y, statistics, *sums, inner_gradient, partial,
             self.pixels, *self.x.shape[2:], *self.size, self.stride, self.groups, split,
-            self.tiles, self.x.shape[1], self.own, self.inputs, self.outputs, self.widest,
-            SCALED=scale is not None, WEIGHTS=of_weights, INNER=of_x,
+            self.tiles, self.x.shape[1] // unit, self.inputs, self.outputs, self.widest,
+            OWN=self.sources > 1, UNIT=unit, SCALED=scale is not None, WEIGHTS=of_weights, INNER=of_x,
             P=self.block, BI=self.inner_block, BO=self.outer_block,
             TAPS=triton.next_power_of_2(self.widest**2),
         )  # fmt: skip
@@ -509,8 +524,8 @@ class Level:
             _depthwise_backward[triton.cdiv(pixels, self.block), chunks, self.sources](
                 inner_gradient, self.x, *_four(self.depthwise), *_four(self.kernels),
                 *_four(self.dilations), of_input, pixels, *self.x.shape[2:], *self.size,
-                self.stride, self.groups, self.all_groups // self.sources, self.x.shape[1],
-                self.all_groups * self.inputs, self.inputs, self.widest,
+                self.stride, self.groups, self.all_groups // self.sources, self.sources,
+                self.all_groups, self.inputs, self.widest,
                 P=self.block, BI=self.inner_block,
             )  # fmt: skip
         return of_input, of_depthwise, of_pointwise
@@ -523,11 +538,6 @@ class Level:
             device=self.x.device,
             memory_format=torch.channels_last,
         )
-
-    @property
-    def own(self) -> int:
-        """Channels of x that only one group reads."""
-        return self.inputs if self.sources == self.all_groups else 0
 
     @property
     def outer_block(self) -> int:
@@ -558,9 +568,12 @@ def sum_gradient(
     blocks, rows = triton.cdiv(channels, block), 2048 // block
     pixels = y.numel() // y.shape[1]
     programs, tiles = share(pixels, rows, blocks * maps)
+    unit = _unit(channels, y.shape[1], begin)
     _sum_gradient[programs, blocks, maps](
         gradient, y, statistics, room(y, programs * 2 * maps * channels), counters(y.device),
-        *sums, pixels, tiles, channels, y.shape[1], begin, P=rows, C=block, ROWS=64,
+        *sums, pixels, tiles, channels // unit, y.shape[1] // unit, begin // unit,
+        UNIT=unit, P=rows, C=block,
+        ROWS=1024 // block,
     )  # fmt: skip
 
 
@@ -575,9 +588,11 @@ def normalize(
     """Fill in the normalized first channels of y, scaled and shifted, plus addend."""
     channels = output.shape[1]
     pixels, grid, blocks = _tiles(output)
+    unit = _unit(channels, y.shape[1])
     _normalize[grid](
-        y, statistics, scale, bias, addend, output, pixels, channels, y.shape[1],
-        SCALED=scale is not None, BIASED=bias is not None, ADDED=addend is not None, **blocks,
+        y, statistics, scale, bias, addend, output, pixels, channels // unit, y.shape[1] // unit,
+        SCALED=scale is not None, BIASED=bias is not None, ADDED=addend is not None, UNIT=unit,
+        **blocks,
     )  # fmt: skip
 
 
@@ -674,10 +689,10 @@ def forward_sum(
         deep_y = first.new_map(0)
     output = first.new_map(channels)
     pixels, grid, blocks = _tiles(output)
+    unit = _unit(channels)
     _sum_maps[grid](
         deep_y, deep_statistics, y, statistics, scales, addend, output,
-        pixels, channels, deep * channels, chains * channels,
-        FIRST=deep, BEFORE=deep, SECOND=chains - deep, ADDED=addend is not None, **blocks,
+        pixels, channels // unit, UNIT=unit, FIRST=deep, BEHIND=deep, SECOND=chains - deep, ADDED=addend is not None, **blocks,
     )  # fmt: skip
     return [output, y, statistics, inner, deep_y, deep_statistics]
 
@@ -743,13 +758,22 @@ def _four(values: Sequence[Any]) -> list[Any]:
     return [*values, *[values[-1]] * (MAX_BRANCHES - len(values))]
 
 
+def _unit(*numbers: int) -> int:
+    """What a kernel may know that all of these are multiples of: it reads so much at once."""
+    return math.gcd(16, *numbers)
+
+
 def _tiles(output: Tensor) -> tuple[int, tuple[int, int], dict[str, int]]:
     """Pixels, and how a map is parted among programs."""
     channels = output.shape[1]
     pixels = output.numel() // channels
     block = min(128, triton.next_power_of_2(channels))
     rows = 4096 // block
-    return pixels, (triton.cdiv(pixels, rows), triton.cdiv(channels, block)), {"P": rows, "C": block}
+    return (
+        pixels,
+        (triton.cdiv(pixels, rows), triton.cdiv(channels, block)),
+        {"P": rows, "C": block},
+    )
 
 
 torch.library.impl(separable.FORWARD, "CUDA", forward)

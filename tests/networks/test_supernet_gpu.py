@@ -41,3 +41,16 @@ def test_outputs_gradients_and_running_statistics(edges, stride, held) -> None:
     actual = results(single, x.float().cuda(), weights.float().cuda(), held)
     for one, other in zip(actual, expected, strict=True):
         assert (one - other).norm() <= 2e-4 * other.norm().clamp_min(1e-3)
+
+
+def test_evaluation() -> None:
+    torch.manual_seed(0)
+    exact = MixedOperation(16, 1, DARTS_PRIMITIVES, 3).double().eval()
+    single = copy.deepcopy(exact).float().cuda()
+    x = torch.randn(4, 16, 9, 8, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    weights = torch.rand(3, len(DARTS_PRIMITIVES), dtype=torch.float64)
+    for held in (False, True):
+        expected = results(exact, x, weights, held)
+        actual = results(single, x.float().cuda(), weights.float().cuda(), held)
+        for one, other in zip(actual, expected, strict=True):
+            assert (one - other).norm() <= 2e-3 * other.norm().clamp_min(1e-3)  # TF32 by cuDNN
