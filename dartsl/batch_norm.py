@@ -60,7 +60,8 @@ def batch_norm(
     return normalized.to(x.dtype)
 
 
-Following = dict[float, tuple[list[Tensor], list[Tensor]]]
+# By momentum, and whether all are dense, as a kernel for many tensors wants it.
+Following = dict[tuple[float, bool], tuple[list[Tensor], list[Tensor]]]
 _following: ContextVar[Following | None] = ContextVar("following", default=None)
 
 
@@ -70,14 +71,15 @@ def follow(running: Sequence[Tensor], batch: Sequence[Tensor], momentum: float) 
     if together is None:
         torch._foreach_lerp_(list(running), list(batch), momentum)
         return
-    all_running, all_batch = together.setdefault(momentum, ([], []))
+    dense = all(tensor.is_contiguous() for tensor in (*running, *batch))
+    all_running, all_batch = together.setdefault((momentum, dense), ([], []))
     all_running += running
     all_batch += batch
 
 
 @contextmanager
 def following_together() -> Iterator[None]:
-    """Within: `follow` waits; at the end all running statistics follow in one kernel."""
+    """Within: `follow` waits; at the end all running statistics follow at once."""
     together: Following = {}
     token = _following.set(together)
     try:
@@ -85,7 +87,7 @@ def following_together() -> Iterator[None]:
     finally:
         _following.reset(token)
     with torch.no_grad():
-        for momentum, (running, batch) in together.items():
+        for (momentum, _), (running, batch) in together.items():
             torch._foreach_lerp_(running, batch, momentum)
 
 

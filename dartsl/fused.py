@@ -52,7 +52,7 @@ def _has_triton(device: torch.device) -> bool:
     # Older ones have no bfloat16. Others than Nvidia's have not been tried.
     if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
         return False
-    importlib.import_module("dartsl.native.separable_gpu")
+    importlib.import_module("dartsl.native.separable_sum_gpu")
     importlib.import_module("dartsl.native.pools_gpu")
     return True
 

@@ -49,16 +49,16 @@ def weigh_maps(maps: Sequence[Tensor], weights: Tensor) -> tuple[Tensor, ...]:
 
 
 def kind_of(operation: nn.Module) -> int | None:
-    """Which map the operation gives; None if it is none of those that are weighed in C."""
+    """Which map the operation gives; None if it is none of those that are weighed."""
     # These types and no others made of them, which may compute something else.
     if type(operation) is nn.Identity:
         return IDENTITY
-    if type(operation) is nn.MaxPool2d:
-        options = operation.dilation, operation.return_indices
-        return MAXIMUM if _is_3x3(operation) and options == (1, False) else None
-    if type(operation) in (nn.AvgPool2d, AvgPool2d):
-        options = operation.count_include_pad, operation.divisor_override
-        return AVERAGE if _is_3x3(operation) and options == (False, None) else None
+    if isinstance(operation, nn.MaxPool2d) and type(operation) is nn.MaxPool2d:
+        plain = (operation.dilation, operation.return_indices) == (1, False)
+        return MAXIMUM if plain and _is_3x3(operation) else None
+    if isinstance(operation, nn.AvgPool2d) and type(operation) in (nn.AvgPool2d, AvgPool2d):
+        plain = (operation.count_include_pad, operation.divisor_override) == (False, None)
+        return AVERAGE if plain and _is_3x3(operation) else None
     return None
 
 

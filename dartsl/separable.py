@@ -22,7 +22,6 @@ from dartsl.fused import Precision, differentiable_gradients, has_hooks, precisi
 from dartsl.native import separable_sum  # noqa: F401, the operation
 from dartsl.native.separable import KERNELS
 
-
 MAX_CHAINS = 4  # that are summed at once
 
 
@@ -68,7 +67,13 @@ def _is_unit(unit: Unit) -> bool:
 def can_fuse(
     units: Sequence[Unit], x: Tensor, scale: Tensor | None = None, addend: Tensor | None = None
 ) -> bool:
-    """Whether `fused` takes these in this place."""
+    """Whether `fused` takes these in this place; on a GPU modules of one chain are faster."""
+    return not x.is_cuda and _can_compute(units, x, scale, addend)
+
+
+def _can_compute(
+    units: Sequence[Unit], x: Tensor, scale: Tensor | None, addend: Tensor | None
+) -> bool:
     types = precision(x)
     return (
         bool(units)
@@ -135,9 +140,6 @@ def fused(
     Returns:
         [B, G O, H', W'].
     """
-    types = precision(x)
-    assert types is not None
-    x = x.to(types.maps)
     for unit in units:
         _, depthwise, pointwise, norm = unit
         last = unit is units[-1]
@@ -216,7 +218,7 @@ def can_sum(
     first = [chain[0] for chain in chains if chain]
     units = [unit for chain in chains for unit in chain]
     return (
-        1 < len(first) == len(chains) <= MAX_CHAINS
+        0 < len(first) == len(chains) <= MAX_CHAINS
         and all(len(chain) <= 2 for chain in chains)
         and x.shape[1] == first[0].pointwise.weight.shape[1]
         and all(unit.pointwise.weight.shape == first[0].pointwise.weight.shape for unit in units)
@@ -226,7 +228,8 @@ def can_sum(
         and all(unit.norm.weight is unit.norm.bias is None for unit in units)
         and len({unit.norm.eps for unit in units}) == 1
         and all(
-            can_fuse(chain, x, scale, addend) for chain, scale in zip(chains, scales, strict=True)
+            _can_compute(chain, x, scale, addend)
+            for chain, scale in zip(chains, scales, strict=True)
         )
     )
 
@@ -265,7 +268,7 @@ def fused_sum(
         *(unit.pointwise.weight for unit in units + second),
     )
     for level, found in zip((units, second), statistics, strict=True):
-        for unit, of_unit in zip(level, found.chunk(len(level), dim=1) if level else (), strict=True):
+        for unit, of_unit in zip(level, found.tensor_split(len(level) or 1, dim=1), strict=False):
             norm, (mean, _, var) = unit.norm, of_unit.unbind()
             follow([norm.running_mean, norm.running_var], [mean, var], norm.momentum)
     return output

@@ -39,7 +39,7 @@ from dartsl.loggers import finished_runs, publish
 from dartsl.modules.resumable import check_same_tensors
 from dartsl.report import leave_report, write_report
 from dartsl.resume import find_checkpoint, resumable
-from dartsl.runs import speed_up, prepare, running
+from dartsl.runs import prepare, running, speed_up
 from dartsl.sweep import load_result, save_result
 from dartsl.terminal import print_command, print_summary
 from dartsl.visualize import draw_genotypes, save_figure

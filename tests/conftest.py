@@ -15,7 +15,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from dartsl.native import build  # noqa: E402
+from dartsl.native import build
 
 # The networks of the tests are tiny: more threads would only wait for each other.
 torch.set_num_threads(1)

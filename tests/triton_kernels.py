@@ -1,4 +1,4 @@
-"""The kernels in Triton for tests: compiled on a GPU, interpreted (conftest.py) where there is none."""
+"""Kernels in Triton for tests: compiled on a GPU, interpreted where there is none (conftest.py)."""
 
 import importlib
 from types import ModuleType

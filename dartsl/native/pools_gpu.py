@@ -15,7 +15,6 @@ from torch import Tensor
 from dartsl.native import pools
 from dartsl.native.triton_sums import counters, is_last, parts_of, room, share, tile_of
 
-
 # Numbers that no kernel is compiled anew for.
 SIZES = ["pixels", "height", "width", "out_height", "out_width", "step", "tiles", "edges"]
 
@@ -167,7 +166,9 @@ def _weigh(
 def _normalized(y, statistics, p, at, channels, mask, ok):
     value = tl.load(y + p[:, None] * channels + at[None, :], mask=mask, other=0.0).to(tl.float32)
     mean = tl.load(statistics + at, mask=ok, other=0.0)
-    return (value - mean[None, :]) * tl.load(statistics + channels + at, mask=ok, other=0.0)[None, :]
+    return (value - mean[None, :]) * tl.load(statistics + channels + at, mask=ok, other=0.0)[
+        None, :
+    ]
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -249,8 +250,10 @@ def _of_maps(
     IDENTITY: tl.constexpr, MAXIMUM: tl.constexpr, AVERAGE: tl.constexpr,
     P: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """The maps' gradients [3, N, C], the average's for each of its pixels, and of every maximum
-    the first pixel that has it [N, C]."""
+    """The maps' gradients [3, N, C], the average's for each of its pixels.
+
+    And of every maximum which pixel has it first, [N, C].
+    """
     p = tl.program_id(0) * P + tl.arange(0, P)
     c = tl.program_id(1) * C + tl.arange(0, C)
     ok, b, h, w = tile_of(p, pixels, out_height, out_width)
@@ -362,7 +365,6 @@ def backward(
     )
     weights = weights.contiguous()
     of_x, of_weights = wanted
-    identity, *kinds = maps
     channels, edges, pixels = x.shape[1], len(weights), gradient.numel() // gradient.shape[1]
     block, columns = _blocks(channels)
     programs, tiles = share(pixels, 64, columns * edges)

@@ -121,7 +121,7 @@ def _fake_backward(
 
 @register_flop_formula(torch.ops.dartsl.normalized_separable)
 def _flops(x: Shape, depthwise: Shape, pointwise: Shape, *rest: Any, out_shape: Any) -> int:
-    return _flops_of(out_shape[0], depthwise, pointwise)
+    return flops(out_shape[0], depthwise, pointwise)
 
 
 @register_flop_formula(torch.ops.dartsl.normalized_separable_backward)
@@ -130,10 +130,11 @@ def _backward_flops(
 ) -> int:
     of_x, of_depthwise, of_pointwise, *_ = rest[-1]
     # As many for each gradient of a convolution; what is computed again is not counted.
-    return _flops_of(gradient, depthwise, pointwise) * (of_x + (of_depthwise or of_pointwise))
+    return flops(gradient, depthwise, pointwise) * (of_x + (of_depthwise or of_pointwise))
 
 
-def _flops_of(output: Shape, depthwise: Shape, pointwise: Shape) -> int:
+def flops(output: Shape, depthwise: Shape, pointwise: Shape) -> int:
+    """Operations of the convolutions that give the output, a multiplication and an addition two."""
     images, _, height, width = output
     return 2 * images * height * width * (math.prod(depthwise) + math.prod(pointwise))
 

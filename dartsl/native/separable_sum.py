@@ -5,9 +5,13 @@ chains have a second convolution, whose weights stand behind those of the T firs
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from dartsl.native.separable import Shape, flops
 
 FORWARD = "dartsl::separable_sum"
 torch.library.define(
@@ -69,3 +73,30 @@ def _fake_backward(
     of_input = torch.empty_like(x, memory_format=torch.channels_last) if of_x else x.new_empty(0)
     weights = [torch.empty_like(weight) for weight in (*depthwise, *pointwise)]
     return [of_input, torch.empty_like(scales), *(weights if of_weights else [])]
+
+
+@register_flop_formula(torch.ops.dartsl.separable_sum)
+def _flops(
+    x: Shape,
+    scales: Shape,
+    addend: Shape | None,
+    depthwise: Sequence[Shape],
+    pointwise: Sequence[Shape],
+    *rest: Any,
+    out_shape: Any,
+) -> int:
+    return sum(flops(out_shape[0], *pair) for pair in zip(depthwise, pointwise, strict=True))
+
+
+@register_flop_formula(torch.ops.dartsl.separable_sum_backward)
+def _backward_flops(
+    gradient: Shape,
+    x: Shape,
+    scales: Shape,
+    depthwise: Sequence[Shape],
+    pointwise: Sequence[Shape],
+    *rest: Any,
+    out_shape: Any,
+) -> int:
+    once = sum(flops(gradient, *pair) for pair in zip(depthwise, pointwise, strict=True))
+    return once * sum(rest[-1])  # for x and for the weights; what is computed again is not counted

@@ -39,10 +39,15 @@ def parts_of(partial, begin, programs, outputs, at, pixels, size, ok, ROWS: tl.c
     counts = tl.minimum(tl.maximum(pixels - rows * size, 0), size).to(tl.float32)
     # Past the first cache, which may hold what was there before.
     one = tl.load(where, mask=mask, other=0.0, cache_modifier=".cg")
-    return one, tl.load(where + outputs, mask=mask, other=0.0, cache_modifier=".cg"), counts[:, None]
+    return (
+        one,
+        tl.load(where + outputs, mask=mask, other=0.0, cache_modifier=".cg"),
+        counts[:, None],
+    )
 
 
 def room(like: Tensor, size: int) -> Tensor:
+    """So many numbers in single precision, to be filled, on the device of another tensor."""
     return torch.empty(size, dtype=torch.float32, device=like.device)
 
 

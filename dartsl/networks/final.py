@@ -43,9 +43,7 @@ class Cell(nn.Module):
             for primitive, source in edges
         )
 
-    def forward(
-        self, s0: Tensor, s1: Tensor, drop_path_prob: float | Tensor | None
-    ) -> Tensor:
+    def forward(self, s0: Tensor, s1: Tensor, drop_path_prob: float | Tensor | None) -> Tensor:
         """The concatenation of the nodes in `concat`.
 
         Args:
@@ -182,6 +180,7 @@ class FinalNetwork(nn.Module):
 
     @property
     def drop_path_prob(self) -> float:
+        """Probability of drop path in training."""
         return self._drop_path_prob
 
     @drop_path_prob.setter

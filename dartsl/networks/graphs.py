@@ -1,4 +1,4 @@
-"""Whole passes as CUDA graphs: Python launches a network's thousands of kernels once, not each time.
+"""Whole passes as CUDA graphs: Python launches a network's kernels once, not in every pass.
 
 A pass through a network is the same sequence of kernels on the same memory as long as shapes,
 precision and the tensors whose gradients are wanted stay the same. It is captured when it first
@@ -44,7 +44,7 @@ def replay_passes(network: nn.Module, device: torch.device | str) -> bool:
     if torch.device(device).type != "cuda":
         log.warning("CUDA graphs need a GPU: the network runs without.")
         return False
-    network.forward = Replay(network)  # type: ignore[method-assign]
+    network.forward = Replay(network)
     return True
 
 
@@ -80,9 +80,10 @@ class Replay:
             except RuntimeError as error:
                 return self._give_up(x, error)
         found = self.passes[key]
-        outputs = iter(Replayed.apply(found, x, *found.inputs))
-        filled = tuple(next(outputs) if is_tensor else None for is_tensor in found.filled)
-        return filled if found.is_tuple else filled[0]
+        outputs: Iterator[Tensor] = iter(Replayed.apply(found, x, *found.inputs))
+        if not found.is_tuple:
+            return next(outputs)
+        return tuple(next(outputs) if is_tensor else None for is_tensor in found.filled)
 
     def _kind(self, x: Tensor) -> Hashable:
         wanted = tuple(p.requires_grad for p in self.parameters) if torch.is_grad_enabled() else ()
@@ -93,7 +94,7 @@ class Replay:
     def _give_up(self, x: Tensor, error: RuntimeError) -> Outputs:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         log.warning("This network cannot be a CUDA graph, it runs without: %s", reason)
-        self.network.forward = self.compute  # type: ignore[method-assign]
+        self.network.forward = self.compute
         return self.compute(x)
 
 

@@ -11,7 +11,6 @@ and buffers are those of the copies, one after the other along their first dimen
 """
 
 import copy
-import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from dartsl.batch_norm import batch_norm, follow
 from dartsl.depthwise import DepthwiseConv2d
 from dartsl.fused import has_hooks, precision
+from dartsl.native.pools import IDENTITY
 from dartsl.operations import (
     OPERATIONS,
     DilatedConv,
@@ -30,9 +30,17 @@ from dartsl.operations import (
     Zero,
     even_and_odd_pixels,
 )
-from dartsl.native.pools import IDENTITY
 from dartsl.pools import WeightedPools, kind_of
-from dartsl.separable import Unit, can_fuse, fused, units_of
+from dartsl.separable import (
+    MAX_CHAINS,
+    Unit,
+    can_fuse,
+    can_sum,
+    fused,
+    fused_sum,
+    sums_chains,
+    units_of,
+)
 
 Pool = nn.MaxPool2d | nn.AvgPool2d
 CHAIN_LAYERS = (nn.ReLU, nn.Conv2d, DepthwiseConv2d, nn.BatchNorm2d)
@@ -149,6 +157,36 @@ class MergedConv(nn.Module):
         return self.op(source, weights, addend)
 
 
+def summed_chains(
+    terms: Sequence[tuple[nn.Module, Tensor]], x: Tensor, total: Tensor | None
+) -> tuple[Tensor | None, list[tuple[nn.Module, Tensor]]]:
+    """Add to the total what can be summed at once where x is; returns that, and what remains.
+
+    Args:
+        terms: operations and their weights [k C].
+        x: the node, [B, C, H, W].
+        total: [B, k C, H', W'].
+    """
+    if not sums_chains(x):
+        return total, list(terms)
+    waiting, rest = [], []
+    for operation, row in terms:
+        units = units_in(operation)
+        if can_sum([units], x, [row], total):
+            waiting.append((units, row))
+        else:
+            rest.append((operation, row))
+    while waiting:
+        some, waiting = waiting[:MAX_CHAINS], waiting[MAX_CHAINS:]
+        chains, rows = zip(*some, strict=True)
+        if can_sum(chains, x, rows, total):
+            total = fused_sum(chains, x, rows, total)
+        else:  # of different sizes
+            for units, row in some:
+                total = fused_sum([units], x, [row], total)
+    return total, rest
+
+
 def is_grouped_product(layer: nn.Module, x: Tensor) -> bool:
     """Whether it is a pointwise convolution in groups, of which cuDNN computes one at a time."""
     return (
@@ -244,8 +282,8 @@ def can_share(operations: Sequence[nn.Module], x: Tensor, weights: Sequence[Tens
         and len(set(kinds)) == len(kinds)
         and all(weight.dtype == types.weights for weight in weights)
         and all(_fits(norm, types.weights) for norm in _norms(pools))
-        # A channel with one pixel cannot be normalized.
-        and x.shape[0] * math.prod([-(-size // pools[0][0].stride) for size in x.shape[2:]]) > 1
+        # A channel's only pixel cannot be normalized.
+        and x.numel() // x.shape[1] > cast(int, pools[0][0].stride) ** 2
     )
 
 

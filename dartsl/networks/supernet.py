@@ -22,13 +22,12 @@ from dartsl.networks.merged import (
     merged_operation,
     normalized_pools,
     shared_sum,
-    units_in,
+    summed_chains,
 )
 from dartsl.networks.regions import recomputed
 from dartsl.networks.relaxation import Softmax
 from dartsl.operations import ReLUConvBN, Zero
 from dartsl.pools import weigh_maps
-from dartsl.separable import can_sum, fused_sum, sums_chains
 from dartsl.search_space import CELL_KINDS, SearchSpace, discretize
 
 MixedOperationFactory = Callable[[int, int, Sequence[str], int], nn.Module]
@@ -99,20 +98,13 @@ class MixedOperation(nn.Module):
         columns: Sequence[Tensor],
         total: Tensor | None,
     ) -> Tensor:
-        """Sum [B, k C, H', W'] of total and operations on x [B, C, H, W], weighted by columns [k].
-        """
+        """Sum [B, k C, H', W'] of total and of operations on x [B, C, H, W], with weights [k]."""
         source = Source(x, self.num_edges)
         # Each edge's weight once for every channel. Not an expanded view: the gradients of a
         # BatchNorm are NaN where its weight has stride 0.
         rows = torch.stack(list(columns)).repeat_interleave(x.shape[1], dim=1).unbind()
         terms = list(zip(operations, rows, strict=True))
-        if sums_chains(x):
-            units = [units_in(operation) for operation in operations]
-            chains = [chain for chain in units if chain]
-            scales = [row for chain, row in zip(units, rows, strict=True) if chain]
-            if can_sum(chains, x, scales, total):
-                total = fused_sum(chains, x, scales, total)
-                terms = [term for chain, term in zip(units, terms, strict=True) if not chain]
+        total, terms = summed_chains(terms, x, total)
         for operation, row in terms:
             total = operation(source, row, total)
         return cast(Tensor, total)

@@ -1,4 +1,4 @@
-"""Separable convolutions with their BatchNorm, and sums of them, on a GPU in Triton.
+"""`dartsl.native.separable_sum` on a GPU, in Triton.
 
 Shapes: B images, H x W pixels of x, H' x W' of the output, N output pixels B H' W', T branches of G
 groups of I inputs and O outputs. All maps are in channels_last, in single or half precision;
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dartsl.native import separable, separable_sum
+from dartsl.native import separable_sum
 from dartsl.native.triton_sums import counters, is_last, parts_of, room, share, tile_of
 
 MAX_BRANCHES = 4
@@ -28,8 +28,8 @@ MAX_BRANCHES = 4
 # Numbers that no kernel is compiled anew for.
 SIZES = [
     "pixels", "height", "width", "out_height", "out_width", "step", "tiles", "groups", "split",
-    "summed", "programs", "sources", "all_groups", "channels", "all_channels", "begin", "size_0", "size_1", "size_2", "size_3",
-    "dilation_0", "dilation_1", "dilation_2", "dilation_3",
+    "summed", "programs", "sources", "all_groups", "channels", "all_channels", "begin", "size_0",
+    "size_1", "size_2", "size_3", "dilation_0", "dilation_1", "dilation_2", "dilation_3",
 ]  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def _forward(
     I: tl.constexpr, O: tl.constexpr, WIDEST: tl.constexpr, OWN: tl.constexpr, UNIT: tl.constexpr,
     P: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """y [N, T G O], and [3, T G O]: its mean, 1 / sqrt(var + eps) and variance without bias.
+    """Y [N, T G O], and [3, T G O]: its mean, 1 / sqrt(var + eps) and variance without bias.
 
     A program takes `tiles` times P pixels of a group, which reads inputs of its OWN, or those that
     all read.
@@ -155,23 +155,16 @@ def _normalized(y, statistics, p, at, channels, mask, ok):
 
 @triton.jit(do_not_specialize=SIZES)
 def _normalize(
-    y, statistics, scale, bias, addend, output, pixels, channels, all_channels,
-    SCALED: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr, UNIT: tl.constexpr,
-    P: tl.constexpr, C: tl.constexpr,
+    y, statistics, output, pixels, channels, all_channels,
+    UNIT: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """scale (y - mean) inverse + bias + addend, [N, channels], of the first channels of y."""
+    """(y - mean) / sqrt(var + eps), [N, channels], of the first channels of y."""
     channels, all_channels = channels * UNIT, all_channels * UNIT
     p = tl.program_id(0) * P + tl.arange(0, P)
     c = tl.program_id(1) * C + tl.arange(0, C)
     mask = (p < pixels)[:, None] & (c < channels)[None, :]
     value = _normalized(y, statistics, p, c, all_channels, mask, c < channels)
-    if SCALED:
-        value *= tl.load(scale + c, mask=c < channels, other=0.0)[None, :]
-    if BIASED:
-        value += tl.load(bias + c, mask=c < channels, other=0.0)[None, :]
     at = p[:, None] * channels + c[None, :]
-    if ADDED:
-        value += tl.load(addend + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(output + at, value.to(output.dtype.element_ty), mask=mask)
 
 
@@ -182,8 +175,9 @@ def _sum_maps(
     FIRST: tl.constexpr, BEHIND: tl.constexpr, SECOND: tl.constexpr, ADDED: tl.constexpr,
     UNIT: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """The scaled sum [N, C'] of normalized maps: the FIRST of one, and the SECOND of the other,
-    which stand BEHIND so many there.
+    """The scaled sum [N, C'] of normalized maps.
+
+    They are the FIRST of one, and the SECOND of the other, which stand BEHIND so many there.
     """
     channels *= UNIT
     first_channels, second_channels = FIRST * channels, (BEHIND + SECOND) * channels
@@ -425,7 +419,7 @@ class Level:
         dilations: of every branch.
     """
 
-    block = 32  # pixels
+    block = 64  # pixels
     inner_block = 16  # inputs
 
     def __init__(
@@ -454,7 +448,7 @@ class Level:
         self.programs, self.tiles = share(self.pixels, self.block, self.all_groups)
 
     def convolve(self, eps: float) -> tuple[Tensor, Tensor]:
-        """y [B, T G O, H', W'] and its statistics [3, T G O]."""
+        """Y [B, T G O, H', W'] and its statistics [3, T G O]."""
         channels = self.all_groups * self.outputs
         y = self.new_map(channels)
         statistics = self.pointwise[0].new_empty(3, channels)
@@ -504,7 +498,8 @@ class Level:
             *_four(self.dilations), scale, y, statistics, *sums, inner_gradient, partial,
             self.pixels, *self.x.shape[2:], *self.size, self.stride, self.groups, split,
             self.tiles, self.x.shape[1] // unit, self.inputs, self.outputs, self.widest,
-            OWN=self.sources > 1, UNIT=unit, SCALED=scale is not None, WEIGHTS=of_weights, INNER=of_x,
+            OWN=self.sources > 1, UNIT=unit,
+            SCALED=scale is not None, WEIGHTS=of_weights, INNER=of_x,
             P=self.block, BI=self.inner_block, BO=self.outer_block,
             TAPS=triton.next_power_of_2(self.widest**2),
         )  # fmt: skip
@@ -577,75 +572,17 @@ def sum_gradient(
     )  # fmt: skip
 
 
-def normalize(
-    y: Tensor,
-    statistics: Tensor,
-    output: Tensor,
-    scale: Tensor | None = None,
-    bias: Tensor | None = None,
-    addend: Tensor | None = None,
-) -> None:
-    """Fill in the normalized first channels of y, scaled and shifted, plus addend."""
+def normalize(y: Tensor, statistics: Tensor, output: Tensor) -> None:
+    """Fill in the normalized first channels of y."""
     channels = output.shape[1]
     pixels, grid, blocks = _tiles(output)
     unit = _unit(channels, y.shape[1])
     _normalize[grid](
-        y, statistics, scale, bias, addend, output, pixels, channels // unit, y.shape[1] // unit,
-        SCALED=scale is not None, BIASED=bias is not None, ADDED=addend is not None, UNIT=unit,
-        **blocks,
-    )  # fmt: skip
+        y, statistics, output, pixels, channels // unit, y.shape[1] // unit, UNIT=unit, **blocks
+    )
 
 
 def forward(
-    x: Tensor,
-    depthwise: Tensor,
-    pointwise: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    addend: Tensor | None,
-    stride: int,
-    dilation: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `dartsl.native.separable.forward`."""
-    level = Level(separable._dense(x), [depthwise], [pointwise], stride, [dilation])
-    y, statistics = level.convolve(eps)
-    output = level.new_map(y.shape[1])
-    normalize(y, statistics, output, *map(separable._dense, (scale, bias, addend)))
-    return output, y, statistics
-
-
-def backward(
-    gradient: Tensor,
-    x: Tensor,
-    depthwise: Tensor,
-    pointwise: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    y: Tensor,
-    statistics: Tensor,
-    stride: int,
-    dilation: int,
-    wanted: Sequence[bool],
-) -> list[Tensor]:
-    """See `dartsl.native.separable.backward`."""
-    of_x, of_depthwise, of_pointwise, *_ = wanted
-    of_weights = of_depthwise or of_pointwise
-    gradient, x, scale, y = map(separable._dense, (gradient, x, scale, y))
-    sums = of_bias, of_scale = [statistics.new_empty(len(pointwise)) for _ in range(2)]
-    sum_gradient(gradient, y, statistics, sums)
-    found = [x.new_empty(0), depthwise.new_empty(0), pointwise.new_empty(0), of_scale, of_bias]
-    if of_x or of_weights:
-        level = Level(x, [depthwise], [pointwise], stride, [dilation])
-        found[0], *of_both = level.backward(
-            y, statistics, sums, gradient, None, scale, of_x, of_weights
-        )
-        if of_weights:
-            (found[1],), (found[2],) = of_both
-    return found
-
-
-def forward_sum(
     x: Tensor,
     scales: Tensor,
     addend: Tensor | None,
@@ -674,10 +611,9 @@ def forward_sum(
         normalized maps of the deep chains, [B, deep G C, H', W'], their y and its statistics.
     """
     chains, channels = scales.shape
-    addend, scales = separable._dense(addend), scales.contiguous()
-    first = Level(
-        separable._dense(x), depthwise[:chains], pointwise[:chains], stride, dilations[:chains]
-    )
+    x, addend = _channels_last(x), None if addend is None else _channels_last(addend)
+    scales = scales.contiguous()
+    first = Level(x, depthwise[:chains], pointwise[:chains], stride, dilations[:chains])
     y, statistics = first.convolve(eps)
     inner = first.new_map(deep * channels)
     deep_y, deep_statistics = inner, statistics[:, :0].contiguous()
@@ -692,12 +628,13 @@ def forward_sum(
     unit = _unit(channels)
     _sum_maps[grid](
         deep_y, deep_statistics, y, statistics, scales, addend, output,
-        pixels, channels // unit, UNIT=unit, FIRST=deep, BEHIND=deep, SECOND=chains - deep, ADDED=addend is not None, **blocks,
+        pixels, channels // unit, FIRST=deep, BEHIND=deep, SECOND=chains - deep,
+        ADDED=addend is not None, UNIT=unit, **blocks,
     )  # fmt: skip
     return [output, y, statistics, inner, deep_y, deep_statistics]
 
 
-def backward_sum(
+def backward(
     gradient: Tensor,
     x: Tensor,
     scales: Tensor,
@@ -713,7 +650,7 @@ def backward_sum(
 
     Args:
         gradient: of the sum, [B, G C, H', W'].
-        x: as it was given to `forward_sum`, and so is all that is not named here.
+        x: as it was given to `forward`, and so is all that is not named here.
         scales: see there.
         depthwise: see there.
         pointwise: see there.
@@ -726,9 +663,11 @@ def backward_sum(
     y, statistics, inner, deep_y, deep_statistics = kept
     of_x, of_weights = wanted
     chains, channels = scales.shape
-    gradient, scales = separable._dense(gradient), scales.contiguous()
+    x, gradient, scales = _channels_last(x), _channels_last(gradient), scales.contiguous()
     sums = statistics.new_empty(chains * channels), statistics.new_empty(chains * channels)
-    own_gradient, of_scales, of_deep = None, sums[1].view_as(scales), ([], [])
+    own_gradient: Tensor | None = None
+    of_scales = sums[1].view_as(scales)
+    of_deep: list[list[Tensor]] = [[], []]
     if deep < chains:
         sum_gradient(gradient, y, statistics, sums, deep * channels, chains - deep)
     if deep:
@@ -743,14 +682,16 @@ def backward_sum(
             sum_gradient(own_gradient, y, statistics, sums)
     if not (of_x or of_weights):
         return [x.new_empty(0), of_scales]
-    first = Level(
-        separable._dense(x), depthwise[:chains], pointwise[:chains], stride, dilations[:chains]
-    )
+    first = Level(x, depthwise[:chains], pointwise[:chains], stride, dilations[:chains])
     scale = scales[deep:] if deep < chains else None
     of_input, of_depthwise, of_pointwise = first.backward(
         y, statistics, sums, gradient, own_gradient, scale, of_x, of_weights
     )
     return [of_input, of_scales, *of_depthwise, *of_deep[0], *of_pointwise, *of_deep[1]]
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last)
 
 
 def _four(values: Sequence[Any]) -> list[Any]:
@@ -776,7 +717,5 @@ def _tiles(output: Tensor) -> tuple[int, tuple[int, int], dict[str, int]]:
     )
 
 
-torch.library.impl(separable.FORWARD, "CUDA", forward)
-torch.library.impl(separable.BACKWARD, "CUDA", backward)
-torch.library.impl(separable_sum.FORWARD, "CUDA", forward_sum)
-torch.library.impl(separable_sum.BACKWARD, "CUDA", backward_sum)
+torch.library.impl(separable_sum.FORWARD, "CUDA", forward)
+torch.library.impl(separable_sum.BACKWARD, "CUDA", backward)

@@ -1,0 +1,206 @@
+"""Chains of separable convolutions, summed by Triton's kernels, are PyTorch's."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from dartsl import separable
+from dartsl.depthwise import DepthwiseConv2d
+from dartsl.fused import Precision
+from dartsl.networks import merged
+from dartsl.networks.merged import MergedBatchNorm
+from dartsl.separable import (
+    Unit,
+    _formula_of_sum,
+    can_sum,
+    fused,
+    fused_sum,
+    units_of,
+)
+from tests.triton_kernels import DEVICE, TOLERANCE, TYPES, difference, load
+
+gpu, triton_sums = load("separable_sum_gpu"), load("triton_sums")
+
+# kernels of the chains, dilations, how many have a second unit, edges, channels, stride, image
+SUMS = [
+    ((3, 5, 3, 5), (1, 1, 2, 2), 2, 3, 16, 1, (6, 6)),
+    ((3, 5, 3, 5), (1, 1, 2, 2), 2, 2, 16, 2, (7, 8)),
+    ((3, 5), (1, 2), 0, 2, 4, 1, (5, 6)),
+    ((5, 3, 7), (1, 1, 1), 3, 1, 8, 1, (6, 5)),
+    ((3, 3), (1, 2), 1, 2, 20, 1, (5, 5)),
+    ((5,), (1,), 0, 2, 4, 2, (1, 7)),
+]
+
+
+def sum_inputs(case: tuple, dtype: torch.dtype) -> tuple:
+    """x, scales, weights, options, addend."""
+    kernels, dilations, deep, edges, channels, stride, image = case
+    torch.manual_seed(0)
+    total = edges * channels
+    kernels, dilations = kernels + kernels[:deep], dilations + (1,) * deep
+    x = torch.randn(2, channels, *image).to(dtype)
+    weights = [torch.randn(total, 1, k, k) / k for k in kernels]
+    weights += [torch.randn(total, channels, 1, 1) / channels**0.5 for _ in kernels]
+    scales = torch.rand(len(case[0]), total) + 0.5
+    addend = torch.randn(2, total, *(-(-length // stride) for length in image)).to(dtype)
+    return x, scales, weights, (dilations, deep, stride, 1e-5), addend
+
+
+def assert_equal(case: tuple, dtype: torch.dtype, wanted=(True, True)) -> None:
+    x, scales, weights, options, addend = sum_inputs(case, dtype)
+    ends = [tensor.double().requires_grad_() for tensor in (x, scales, *weights)]
+    expected = _formula_of_sum(*ends, options=options)
+    gradient = torch.randn_like(expected).to(dtype)
+    of_inputs = torch.autograd.grad(expected, ends, gradient.double())
+    x, scales, addend, gradient = (t.to(DEVICE) for t in (x, scales, addend, gradient))
+    weights = [weight.to(DEVICE) for weight in weights]
+    half = len(weights) // 2
+    both = weights[:half], weights[half:]
+    output, *kept = gpu.forward(x, scales, addend, *both, *options)
+    assert difference(output.cpu() - addend.cpu(), expected.detach()) < 2 * TOLERANCE[dtype]
+    found = gpu.backward(gradient, x, scales, *both, kept, *options[:3], wanted)
+    assert len(found) == 2 + wanted[1] * len(weights)
+    assert found[0].numel() == wanted[0] * x.numel()
+    for tensor, of_input in list(zip(found, of_inputs, strict=False))[not wanted[0] :]:
+        assert difference(tensor.cpu(), of_input) < 2 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("case", SUMS, ids=str)
+def test_a_sum_of_chains(case) -> None:
+    assert_equal(case, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", TYPES[1:], ids=str)
+def test_a_sum_of_chains_in_half_precision(dtype) -> None:
+    assert_equal(SUMS[0], dtype)
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)])
+def test_a_sum_of_chains_whose_gradients_are_not_all_wanted(wanted) -> None:
+    assert_equal(SUMS[4], torch.float32, wanted)
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_few_programs_take_many_blocks_of_pixels(blocks, monkeypatch) -> None:
+    monkeypatch.setattr(triton_sums, "MAX_BLOCKS", blocks)
+    assert_equal(((3, 3), (1, 1), 1, 1, 16, 1, (13, 11)), torch.float32)
+
+
+def everything(x: Tensor, scales: Tensor, weights: list[Tensor], options: tuple) -> list[Tensor]:
+    """The sum, what is kept, and all gradients."""
+    both = weights[: len(weights) // 2], weights[len(weights) // 2 :]
+    output, *kept = gpu.forward(x, scales, None, *both, *options)
+    gradient = output + 1
+    found = gpu.backward(gradient, x, scales, *both, kept, *options[:3], (True, True))
+    return [output, *kept, *found]
+
+
+def test_a_second_time_and_in_other_layouts_it_gives_the_same_bits(monkeypatch) -> None:
+    monkeypatch.setattr(triton_sums, "MAX_BLOCKS", 4)
+    x, scales, weights, options, _ = sum_inputs(SUMS[4], torch.float32)
+    x, scales, weights = x.to(DEVICE), scales.to(DEVICE), [w.to(DEVICE) for w in weights]
+    expected = everything(x, scales, weights, options)
+    wide = torch.cat([x, x], dim=3)
+    for given in (x, wide[..., : x.shape[3]], x.contiguous(memory_format=torch.channels_last)):
+        for actual, other in zip(
+            everything(given, scales, weights, options), expected, strict=True
+        ):
+            assert torch.equal(actual, other)
+
+
+def test_nan_is_not_rectified_away() -> None:
+    x, scales, weights, options, _ = sum_inputs(SUMS[4], torch.float32)
+    x[0, 3, 2, 2] = torch.nan
+    x, scales, weights = x.to(DEVICE), scales.to(DEVICE), [w.to(DEVICE) for w in weights]
+    assert everything(x, scales, weights, options)[0].isnan().all()
+
+
+def test_operations_are_counted() -> None:
+    x, scales, weights, options, _ = sum_inputs(SUMS[0], torch.float32)
+    half = len(weights) // 2
+    with FakeTensorMode() as mode:
+        x, scales, *weights = (mode.from_tensor(t) for t in (x, scales, *weights))
+        with FlopCounterMode(display=False) as counter:
+            torch.ops.dartsl.separable_sum(
+                x, scales, None, weights[:half], weights[half:], *options
+            )
+    assert counter.get_total_flops() == 2 * 2 * 36 * sum(weight.numel() for weight in weights)
+
+
+def chain(kernels: tuple[int, ...], dilation: int, edges: int, channels: int) -> list[Unit]:
+    """A merged chain's units."""
+    total = edges * channels
+    layers: list[nn.Module] = []
+    for kernel in kernels:
+        layers += [
+            nn.ReLU(),
+            DepthwiseConv2d(total, kernel, 1, dilation),
+            nn.Conv2d(total, total, 1, groups=edges, bias=False),
+            MergedBatchNorm(total, edges),
+        ]
+    return units_of(nn.ModuleList(layers).to(DEVICE))
+
+
+@pytest.fixture
+def here(monkeypatch) -> None:
+    """What is for a GPU, on whatever device the tests run."""
+    if DEVICE == "cuda":
+        return
+    types = Precision(torch.float32, torch.float32)
+    monkeypatch.setattr(separable, "precision", lambda x: types)
+    monkeypatch.setattr(merged, "sums_chains", lambda x: True)
+    monkeypatch.setattr(torch.ops.dartsl, "separable_sum", gpu.forward)
+    monkeypatch.setattr(torch.ops.dartsl, "separable_sum_backward", gpu.backward)
+
+
+def test_summed_chains_are_the_chains_one_after_the_other(here) -> None:
+    """The output, all gradients, second derivatives and running statistics."""
+    torch.manual_seed(0)
+    chains = [chain((3,), 2, 2, 4), chain((3, 3), 1, 2, 4), chain((5, 5), 1, 2, 4)]
+    copies = copy.deepcopy(chains)
+    x, addend = torch.randn(2, 4, 5, 5, device=DEVICE), torch.randn(2, 8, 5, 5, device=DEVICE)
+    scales = list(torch.rand(3, 8, device=DEVICE) + 0.5)
+
+    def results(together: bool, chains: list[list[Unit]]) -> list[Tensor]:
+        weights = [
+            w for units in chains for u in units for w in (u.depthwise.weight, u.pointwise.weight)
+        ]
+        inputs = [t.detach().clone().requires_grad_() for t in (x, addend, *scales)]
+        given, total, *rows = inputs
+        if together:
+            assert can_sum(chains, given, rows, total)
+            total = fused_sum(chains, given, rows, total)
+        else:
+            for units, row in zip(chains, rows, strict=True):
+                total = fused(units, given, row, total)
+        inputs += weights
+        value = total.square().sum()
+        first = torch.autograd.grad(value, inputs, retain_graph=True)
+        again = torch.autograd.grad(value, inputs, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in again), inputs)
+        running = [b for units in chains for u in units for b in u.norm.buffers()]
+        return [total.detach(), *first, *again, *second, *running]
+
+    pairs = zip(results(True, chains), results(False, copies), strict=True)
+    for actual, expected in pairs:
+        assert torch.allclose(actual, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_which_chains_are_summed(here) -> None:
+    x = torch.randn(2, 4, 5, 5, device=DEVICE)
+    rows = list(torch.ones(5, 8, device=DEVICE))
+    single, double = chain((3,), 2, 2, 4), chain((5, 5), 1, 2, 4)
+    assert can_sum([single, double], x, rows[:2])
+    assert can_sum([single], x, rows[:1])
+    assert not can_sum([], x, [])
+    assert not can_sum([single] * 5, x, rows)
+    assert not can_sum([single, chain((3, 3, 3), 1, 2, 4)], x, rows[:2])
+    assert not can_sum([single, chain((3,), 1, 2, 8)], x, rows[:2])
+    assert not can_sum([single, double], x, [row.double() for row in rows[:2]])
+    assert not can_sum([single, double], torch.randn(2, 8, 5, 5, device=DEVICE), rows[:2])
+    single[0].norm.eval()
+    assert not can_sum([single, double], x, rows[:2])
