@@ -32,16 +32,22 @@ def fresh(monkeypatch, tmp_path) -> Path:
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("name", "inputs", "side", "others"),
+    ("name", "sizes", "others"),
     [
-        ("separable", 1 << 48, 1, (1e-5, *(None,) * 9)),
-        ("separable_backward", 1 << 48, 1, (None,) * 13),
+        ("separable", (1, 1, 1, 1 << 48, 1, 1, 1, 3, 1, 1), (1e-5, *(None,) * 9)),
+        ("separable_backward", (1, 1, 1, 1 << 48, 1, 1, 1, 3, 1, 1), (None,) * 13),
         # Where a thread is to take its room.
-        ("separable", 1, 1 << 22, (1e-5, None, KERNEL, KERNEL, *(None,) * 6)),
+        (
+            "separable",
+            (1, 1, 1, 1, 1, 1 << 22, 1 << 22, 3, 1, 1),
+            (1e-5, None, KERNEL, KERNEL, *(None,) * 6),
+        ),
+        ("pools", (1, 1 << 48, 1, 1, 1, 1, 0, 1, 1), (1e-5, *(None,) * 5)),
+        ("pools", (1, 1, 1, 1 << 48, 1, 1, 0, 1, 1), (1e-5, *(None,) * 5)),
+        ("pools_backward", (1, 1 << 48, 1, 1, 1, 1, 0, 1, 1), (None,) * 7),
     ],
 )
-def test_no_memory_is_an_error(name, inputs, side, others) -> None:
-    sizes = 1, 1, 1, inputs, 1, side, side, 3, 1, 1
+def test_no_memory_is_an_error(name, sizes, others) -> None:
     with pytest.raises(MemoryError, match=f"No memory for {name.replace('_', ' ')}"):
         build.call(name, torch.float32, sizes, *others)
 

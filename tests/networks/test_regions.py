@@ -100,6 +100,19 @@ def test_compiled_operations_give_the_same_numbers(build) -> None:
         assert torch.allclose(actual[name], value, rtol=1e-9, atol=1e-12), name
 
 
+@pytest.mark.parametrize("build", [supernet, final])
+def test_an_operation_is_one_graph(build) -> None:
+    """What breaks a graph in two costs a look-up in each pass for every part."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    network = build()
+    assert compile_regions(network.regions(), backend="aot_eager")
+    step(network)
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"]
+    assert 0 < counters["stats"]["unique_graphs"] <= len(network.regions())
+
+
 def test_no_schedule_compiles_anything_again() -> None:
     """Other weights, alphas, learning rates and drop path probabilities run the same graphs."""
     search, train = supernet(nodes=1), final()
