@@ -235,3 +235,10 @@ def test_drop_path_gradient_has_the_mask_of_the_forward_pass() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_drop_path_keeps_the_dtype(dtype) -> None:
     assert drop_path(torch.ones(2, 1, 1, 1, dtype=dtype), 0.2).dtype == dtype
+
+
+def test_drop_path_takes_its_probability_from_a_tensor() -> None:
+    torch.manual_seed(0)
+    output = drop_path(torch.ones(5_000, 1, 1, 1), torch.tensor(0.25))
+    assert torch.allclose(output.unique(), torch.tensor([0.0, 1 / 0.75]))
+    assert output.mean().item() == pytest.approx(1, abs=0.03)

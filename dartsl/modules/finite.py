@@ -11,9 +11,9 @@ MAX_SKIPPED_IN_A_ROW = 50  # float16 begins with about ten, until its scale is l
 class FiniteSteps:
     """Lets an optimizer's finite steps through, and counts the others.
 
-    A fused optimizer passes such a step by on the device (`optimizer.weights.fused=true` on a GPU).
-    For another one the host asks, which costs nothing on a CPU and makes a GPU wait for the
-    gradients once; to select weights and buffers on the GPU tensor by tensor would take longer.
+    A fused optimizer passes such a step by on the device; on a GPU ours are. For another one the
+    host asks, which costs nothing on a CPU and makes a GPU wait for the gradients once; to select
+    weights and buffers on the GPU tensor by tensor would take longer.
 
     Args:
         optimizer: whose steps they are.

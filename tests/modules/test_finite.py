@@ -17,6 +17,7 @@ from dartsl.genotype import published
 from dartsl.hypergradient import FirstOrder, Unrolled
 from dartsl.modules import SearchModule, TrainModule, finite
 from dartsl.modules.finite import FiniteSteps, mend_statistics
+from dartsl.modules.resumable import make_optimizer
 from dartsl.networks import FinalNetwork, Supernet
 from dartsl.search_space import SearchSpace
 from tests.modules.test_resume import assert_same
@@ -204,3 +205,18 @@ def test_nothing_is_read_from_the_device_by_a_fused_optimizer() -> None:
     steps.skipped, steps.in_a_row = steps.skipped.to("meta"), steps.in_a_row.to("meta")
     steps.admit(torch.empty((), device="meta"))
     assert steps.optimizer.found_inf.is_meta
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_optimizers_are_fused_unless_told_otherwise() -> None:
+    weights = [nn.Parameter(torch.ones(2, device="cuda"))]
+    for factory in (torch.optim.SGD, torch.optim.Adam):
+        assert make_optimizer(partial(factory, lr=1.0), weights, "it").param_groups[0]["fused"]
+        other = make_optimizer(partial(factory, lr=1.0, foreach=True), weights, "it")
+        assert not other.param_groups[0]["fused"]
+
+
+def test_on_a_cpu_optimizers_are_left_alone() -> None:
+    weights = [nn.Parameter(torch.ones(2))]
+    assert make_optimizer(partial(torch.optim.SGD, lr=1.0), weights, "it").defaults["fused"] is None

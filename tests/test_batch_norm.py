@@ -1,0 +1,33 @@
+"""Running statistics follow at once or together, to the same numbers."""
+
+import pytest
+import torch
+
+from dartsl.batch_norm import follow, following_together
+
+
+def test_within_following_together_they_follow_at_its_end() -> None:
+    running = [torch.zeros(3), torch.ones(3), torch.zeros(2, 3)]
+    batch = [torch.ones(3), torch.full((3,), 3.0), torch.ones(3).expand(2, 3)]
+    alone = [tensor.clone() for tensor in running]
+    for momentum in (0.1, 0.5):
+        follow(alone, batch, momentum)
+    with following_together():
+        for momentum in (0.1, 0.5):
+            follow(running[:2], batch[:2], momentum)
+            follow(running[2:], batch[2:], momentum)
+        assert not running[0].any()  # not yet
+    for one, other in zip(running, alone, strict=True):
+        assert torch.equal(one, other)
+    follow(running[:1], batch[:1], 1.0)
+    assert torch.equal(running[0], batch[0])  # at once again
+
+
+def test_a_pass_that_fails_moves_nothing() -> None:
+    running = torch.zeros(2)
+    with pytest.raises(ValueError, match="in between"), following_together():
+        follow([running], [torch.ones(2)], 0.1)
+        raise ValueError("in between")
+    assert not running.any()
+    follow([running], [torch.ones(2)], 1.0)
+    assert running.all()
