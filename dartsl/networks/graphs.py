@@ -10,7 +10,7 @@ import functools
 import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,18 +24,12 @@ MAX_PASSES = 16  # kinds of passes that are kept: shapes, precisions, choices of
 Outputs = Tensor | tuple[Tensor | None, ...]
 
 
-class Replayable(Protocol):
-    """A network that says what its passes depend on beside tensors."""
-
-    def variant(self) -> Hashable:
-        """Passes with equal answers launch the same kernels."""
-
-
 def replay_passes(network: nn.Module, device: torch.device | str) -> bool:
     """Have a network's passes captured and replayed, in place.
 
     Args:
-        network: a `Replayable`; its modules stay as they are.
+        network: a `Supernet` or `FinalNetwork`, or one that also says by a method `variant` what
+            its passes depend on beside tensors; its modules stay as they are.
         device: where it will run.
 
     Returns:
