@@ -27,8 +27,8 @@ gpu, triton_sums = load("separable_sum_gpu"), load("triton_sums")
 
 # kernels of the chains, dilations, how many have a second unit, edges, channels, stride, image
 SUMS = [
-    ((3, 5, 3, 5), (1, 1, 2, 2), 2, 3, 16, 1, (6, 6)),
-    ((3, 5, 3, 5), (1, 1, 2, 2), 2, 2, 16, 2, (7, 8)),
+    ((3, 5, 3, 5), (1, 1, 2, 2), 2, 2, 8, 1, (5, 4)),
+    ((3, 5, 3, 5), (1, 1, 2, 2), 2, 1, 16, 2, (7, 6)),
     ((3, 5), (1, 2), 0, 2, 4, 1, (5, 6)),
     ((5, 3, 7), (1, 1, 1), 3, 1, 8, 1, (6, 5)),
     ((3, 3), (1, 2), 1, 2, 20, 1, (5, 5)),
@@ -76,7 +76,7 @@ def test_a_sum_of_chains(case) -> None:
 
 @pytest.mark.parametrize("dtype", TYPES[1:], ids=str)
 def test_a_sum_of_chains_in_half_precision(dtype) -> None:
-    assert_equal(SUMS[0], dtype)
+    assert_equal(SUMS[4], dtype)
 
 
 @pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)])
@@ -128,7 +128,7 @@ def test_operations_are_counted() -> None:
             torch.ops.dartsl.separable_sum(
                 x, scales, None, weights[:half], weights[half:], *options
             )
-    assert counter.get_total_flops() == 2 * 2 * 36 * sum(weight.numel() for weight in weights)
+    assert counter.get_total_flops() == 2 * 2 * 20 * sum(weight.numel() for weight in weights)
 
 
 def chain(kernels: tuple[int, ...], dilation: int, edges: int, channels: int) -> list[Unit]:
@@ -187,7 +187,7 @@ def test_summed_chains_are_the_chains_one_after_the_other(here) -> None:
 
     pairs = zip(results(True, chains), results(False, copies), strict=True)
     for actual, expected in pairs:
-        assert torch.allclose(actual, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+        assert torch.allclose(actual, expected, rtol=1e-3, atol=1e-3 * float(expected.detach().abs().max()))
 
 
 def test_which_chains_are_summed(here) -> None:
