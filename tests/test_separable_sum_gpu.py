@@ -187,7 +187,9 @@ def test_summed_chains_are_the_chains_one_after_the_other(here) -> None:
 
     pairs = zip(results(True, chains), results(False, copies), strict=True)
     for actual, expected in pairs:
-        assert torch.allclose(actual, expected, rtol=1e-3, atol=1e-3 * float(expected.detach().abs().max()))
+        assert torch.allclose(
+            actual, expected, rtol=1e-3, atol=1e-3 * float(expected.detach().abs().max())
+        )
 
 
 def test_which_chains_are_summed(here) -> None:
