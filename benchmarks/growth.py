@@ -99,6 +99,7 @@ def parse_args() -> argparse.Namespace:
     options.add_argument("--recompute", action="store_true", help="cells in the backward pass")
     options.add_argument("--compile", nargs="?", const="default", help="in this mode")
     options.add_argument("--bf16", action="store_true", help="mixed precision")
+    options.set_defaults(graphs=False)  # they would hide what is kept
     options.add_argument("--plot", type=Path, help="a picture of the table")
     return options.parse_args()
 
