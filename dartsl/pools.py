@@ -49,7 +49,9 @@ def weigh_maps(maps: Sequence[Tensor], weights: Tensor) -> tuple[Tensor, ...]:
 
 
 def kind_of(operation: nn.Module) -> int | None:
-    """Which map the operation gives; None if it is none of those that are weighed."""
+    """Which map the operation gives; None if it is none of those that are weighed, or has hooks."""
+    if has_hooks(operation):
+        return None
     # These types and no others made of them, which may compute something else.
     if type(operation) is nn.Identity:
         return IDENTITY
@@ -63,11 +65,8 @@ def kind_of(operation: nn.Module) -> int | None:
 
 
 def _is_3x3(pool: nn.MaxPool2d | nn.AvgPool2d) -> bool:
-    return (
-        (pool.kernel_size, pool.padding, pool.ceil_mode) == (3, 1, False)
-        and pool.stride in (1, 2)
-        and not has_hooks(pool)
-    )
+    shape = pool.kernel_size, pool.padding, pool.ceil_mode
+    return shape == (3, 1, False) and pool.stride in (1, 2)
 
 
 class WeightedPools(torch.autograd.Function):

@@ -32,6 +32,14 @@ CASES = [
     ((0, 1, 2), 1, 2, 40, 6, (9, 9)),  # of more images than are summed apart
 ]
 
+# Of each of them, with every number of edges, in turn.
+MAPS = [
+    *(((0, 1), 1), ((0, 2), 1), ((0, 1, 2), 1)),
+    *((kinds, stride) for kinds in ((1,), (2,), (1, 2)) for stride in (1, 2)),
+]
+SIZES = ((1, 9), (3, 1), (2, 2), (7, 5), (6, 8))
+CHANNELS = (1, 3, 5, 16, 19)
+
 
 def inputs(case: tuple, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """x and weights, which want gradients."""
@@ -87,9 +95,23 @@ def test_it_is_pytorchs(case) -> None:
     assert_close(results(ours, case, *single), expected, 3e-4)
 
 
+@pytest.mark.usefixtures("native_code")
+@pytest.mark.parametrize(("kinds", "stride"), MAPS, ids=str)
+def test_any_sizes(kinds, stride) -> None:
+    edges = itertools.cycle(range(1, 5))
+    for size, channels in itertools.product(SIZES, CHANNELS):
+        case = kinds, stride, next(edges), 4, channels, size
+        given = inputs(case)
+        expected = results(reference, case, *given)
+        assert_close(results(ours, case, *given), expected, 1e-11)
+        single = [tensor.detach().float().requires_grad_() for tensor in given]
+        assert_close(results(ours, case, *single), expected, 3e-4)
+
+
 @needs_compiler
-def test_of_equal_pixels_the_first_has_the_gradient() -> None:
-    case = ((0, 1, 2), 1, 2, 2, 16, (6, 6))
+@pytest.mark.parametrize(("kinds", "stride"), [m for m in MAPS if MAXIMUM in m[0]], ids=str)
+def test_of_equal_pixels_the_first_has_the_gradient(kinds, stride) -> None:
+    case = (kinds, stride, 2, 2, 16, (6, 6))
     x, weights = inputs(case)
     x = (2 * x).round().detach().requires_grad_()
     assert_close(results(ours, case, x, weights), results(reference, case, x, weights), 1e-11)
@@ -107,16 +129,17 @@ def test_the_gradients_that_are_wanted(wanted) -> None:
     assert torch.allclose(actual, expected[wanted.index(True)], rtol=1e-11, atol=1e-11)
 
 
-@needs_compiler
-def test_nan_is_the_highest() -> None:
-    case = ((1, 2), 1, 1, 1, 3, (5, 5))
+@pytest.mark.usefixtures("native_code")
+@pytest.mark.parametrize(("kinds", "stride"), MAPS, ids=str)
+def test_nan_is_the_highest_and_stays_in_its_channel(kinds, stride) -> None:
+    case = (kinds, stride, 2, 2, 3, (5, 6))
     x, weights = inputs(case)
     with torch.no_grad():
         x[0, 1, 2, 2] = torch.nan
-        actual, _ = ours(case, x, weights)
-        expected, _ = reference(case, x, weights)
-    assert torch.equal(actual.isnan(), expected.isnan())
-    assert torch.allclose(actual[:, ::2], expected[:, ::2])
+    found, expected = (results(function, case, x, weights) for function in (ours, reference))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-11, atol=1e-11, equal_nan=True)
+    assert not found[2][:, ::2].isnan().any()
 
 
 @needs_compiler
@@ -127,11 +150,12 @@ def test_every_layout_gives_the_same_bits(case) -> None:
     expected = None
     for given in (x, wide, x.contiguous(memory_format=torch.channels_last)):
         for contiguous in (torch.contiguous_format, torch.channels_last):
-            ends = given.clone(memory_format=torch.preserve_format).requires_grad_(), weights
+            ends = given.clone(memory_format=torch.preserve_format), weights.clone()
+            ends = tuple(end.requires_grad_() for end in ends)
             output, statistics = ours(case, *ends)
             gradient = torch.linspace(-1, 1, output.numel(), dtype=x.dtype).view(output.shape)
             gradient = gradient.contiguous(memory_format=contiguous)
-            found = [output, statistics, *torch.autograd.grad(output, ends[:1], gradient)]
+            found = [output, statistics, *torch.autograd.grad(output, ends, gradient)]
             expected = expected or found
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
@@ -172,16 +196,15 @@ def test_gradients_and_their_gradients_are_those_of_finite_differences(each_code
 def test_the_operations_of_torch() -> None:
     x, weights = (tensor.detach() for tensor in inputs(CASES[0]))
     output, y, statistics = torch.ops.dartsl.weighted_pools(x, weights, [1, 1, 1], 1, 1e-5)
-    utilities = "test_schema", "test_faketensor"
     operation = torch.ops.dartsl.weighted_pools.default
-    torch.library.opcheck(operation, (x, weights, [1, 1, 1], 1, 1e-5), test_utils=utilities)
+    torch.library.opcheck(operation, (x, weights, [1, 1, 1], 1, 1e-5))
     for wanted in itertools.product((False, True), repeat=2):
         arguments = output, x, weights, y, statistics, [1, 1, 1], 1, list(wanted)
         operation = torch.ops.dartsl.weighted_pools_backward.default
-        torch.library.opcheck(operation, arguments, test_utils=utilities)
+        torch.library.opcheck(operation, arguments)
 
 
-# ---- in a mixed operation -----------------------------------------------------------------------
+# In a mixed operation
 
 
 def pool(kind: type[nn.Module] = nn.MaxPool2d, channels: int = 4, **options) -> NormalizedPool:
@@ -195,6 +218,9 @@ def average(**options) -> NormalizedPool:
 
 class OtherPool(nn.MaxPool2d):
     """Whatever it computes."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(-input)
 
 
 def rows(number: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -237,12 +263,22 @@ def test_other_operations_are_not_shared(other) -> None:
 
 
 @needs_compiler
-def test_a_pool_that_does_more_when_it_is_called_is_called() -> None:
+@pytest.mark.parametrize("which", range(4), ids=["identity", "pool and norm", "pool", "norm"])
+def test_hooks_are_not_shared(which) -> None:
     operations = [nn.Identity(), pool()]
     x = torch.randn(2, 4, 5, 5)
     assert can_share(operations, x, rows(2))
-    operations[1][0].register_forward_hook(lambda *_: None)
+    modules = [*operations, *operations[1]]
+    modules[which].register_forward_hook(lambda *_: None)
     assert not can_share(operations, x, rows(2))
+
+
+@needs_compiler
+def test_operations_of_different_strides_are_not_shared() -> None:
+    x = torch.randn(2, 4, 5, 5)
+    assert can_share([pool(stride=2), average(stride=2)], x, rows(2))
+    assert not can_share([pool(stride=2), average()], x, rows(2))
+    assert not can_share([nn.Identity(), pool(stride=2)], x, rows(2))
 
 
 @needs_compiler
@@ -252,8 +288,15 @@ def test_synchronized_statistics_are_not_shared() -> None:
     assert not can_share([other], torch.randn(2, 4, 5, 5), rows(1))
 
 
+ORDERS = [
+    DARTS_PRIMITIVES,
+    DARTS_PRIMITIVES[::-1],
+    *itertools.permutations(("max_pool_3x3", "avg_pool_3x3", "skip_connect")),
+]
+
+
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("primitives", [DARTS_PRIMITIVES, DARTS_PRIMITIVES[::-1]], ids=["", "back"])
+@pytest.mark.parametrize("primitives", ORDERS, ids="-".join)
 def test_a_mixed_operation_is_the_one_without_it(monkeypatch, stride, primitives) -> None:
     """Outputs, gradients, and running statistics of every edge."""
     torch.manual_seed(0)
@@ -283,3 +326,84 @@ def test_the_order_of_the_operations_is_that_of_their_weights() -> None:
     forward = shared_sum(operations, x, weights)
     backward = shared_sum(operations[::-1], x, weights[::-1])
     assert torch.equal(forward, backward)
+
+
+def plain(primitives: tuple[str, ...] = ("avg_pool_3x3", "max_pool_3x3"), stride: int = 1):
+    return MixedOperation(4, stride, primitives, 2)
+
+
+def by_modules(mixed: MixedOperation, x: Tensor, weights: Tensor) -> list[Tensor]:
+    """What its pools give to every edge, by the batch's statistics."""
+    pools = [single(x) for single, _ in mixed.operations]
+    maps = [F.batch_norm(single, None, None, training=True) for single in pools]
+    return [sum(w * one for w, one in zip(row, maps, strict=True)) for row in weights]
+
+
+def change(mixed: MixedOperation, why: str) -> None:
+    (mean, norm), (highest, _) = mixed.operations
+    if why == "a hook":
+        highest.register_forward_hook(lambda *given: given[-1].exp())
+    elif why == "another type":
+        highest.__class__ = OtherPool
+    elif why == "ceil mode":
+        mean.ceil_mode = highest.ceil_mode = True
+    elif why == "padding counts":
+        mean.count_include_pad = True
+    elif why == "another kernel":
+        highest.kernel_size, highest.padding = 5, 2
+    elif why == "synchronized":
+        norm.synchronized = True  # with nobody: of one process
+    elif why == "norms in evaluation":
+        norm.eval()
+
+
+@pytest.mark.parametrize(
+    "why",
+    [
+        *("a hook", "another type", "ceil mode", "padding counts", "another kernel"),
+        *("synchronized", "norms in evaluation", "autocast", "half", "two of a kind"),
+    ],
+)
+def test_whatever_the_pools_are_they_are_weighed(each_code, why) -> None:
+    torch.manual_seed(0)
+    two = ("max_pool_3x3",) * 2
+    mixed = plain(two, 2) if why == "two of a kind" else plain(stride=2)
+    change(mixed, why)
+    x, weights = torch.randn(2, 4, 8, 8), torch.rand(2, 2)
+    if why == "half":
+        mixed, x, weights = mixed.bfloat16(), x.bfloat16(), weights.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=why == "autocast"):
+        found, expected = mixed(x, weights), by_modules(mixed, x, weights)
+    rough = why in ("autocast", "half")
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one.float(), other.float(), atol=0.05 if rough else 1e-5)
+    buffers = [norm.running_mean for _, norm in mixed.operations]
+    assert all(buffer.any() for buffer in buffers)
+
+
+@pytest.mark.usefixtures("each_code")
+@pytest.mark.parametrize(("stride", "side"), [(1, 1), (2, 1), (2, 2)])
+def test_one_pixel_cannot_be_normalized(stride, side) -> None:
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        plain(stride=stride)(torch.randn(1, 4, side, side), torch.rand(2, 2))
+
+
+@pytest.mark.usefixtures("each_code")
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_running_statistics_of_every_edge_follow_the_batchs(stride) -> None:
+    torch.manual_seed(0)
+    mixed, expected = plain(stride=stride).double(), []
+    for _, norm in mixed.operations:
+        norm.momentum = 0.3
+        for buffer in (norm.running_mean.normal_(), norm.running_var.uniform_(1, 2)):
+            expected.append(buffer.clone())
+    for _ in range(2):
+        x = torch.randn(3, 4, 7, 6, dtype=torch.float64)
+        mixed(x, torch.rand(2, 2, dtype=torch.float64))
+        for (single, _), mean, var in zip(
+            mixed.operations, expected[::2], expected[1::2], strict=True
+        ):
+            of_edges = single(x).repeat(1, 2, 1, 1)
+            F.batch_norm(of_edges, mean, var, training=True, momentum=0.3)
+    found = [b for _, norm in mixed.operations for b in (norm.running_mean, norm.running_var)]
+    assert_close(found, expected, 1e-13)

@@ -124,7 +124,8 @@ static void NAME(weigh_part)(const Pools *s, int64_t maps, int64_t n, const REAL
 /* Of all maps, [M, C] each: mean and 1 / sqrt(var + eps), by the statistics [3, P C] of the pools;
  * those of x itself are 0 and 1. */
 static void NAME(norms_of)(const Pools *s, const REAL *statistics, REAL *mean, REAL *inverse) {
-    int64_t identity = s->identity * s->channels, of_pools = (s->maximum + s->average) * s->channels;
+    int64_t channels = s->channels, identity = s->identity * channels;
+    int64_t of_pools = (s->maximum + s->average) * channels;
     for (int64_t c = 0; c < identity; c++) mean[c] = 0, inverse[c] = 1;
     memcpy(mean + identity, statistics, (size_t)of_pools * sizeof(REAL));
     memcpy(inverse + identity, statistics + of_pools, (size_t)of_pools * sizeof(REAL));
@@ -232,17 +233,18 @@ static void NAME(add_edges)(const Pools *s, int64_t maps, double pixels, const R
 }
 
 /* Adds to the gradient of rows x columns pixels the gradient of their average, `each`, and that of
- * their maximum to the first that has it. */
+ * their maximum to the first that has it; NaN is the highest. */
 INLINE void NAME(spread_to)(int64_t rows, int64_t columns, int64_t row, int64_t channels,
-                         int64_t lanes, int64_t maximum, Vector highest, Vector of_highest,
-                         Vector each, const REAL *x, REAL *gx) {
+                            int64_t lanes, int64_t maximum, Vector highest, Vector of_highest,
+                            Vector each, const REAL *x, REAL *gx) {
     Mask found = (Vector){0} < (Vector){0}; /* nowhere yet */
     for (int64_t r = 0; r < rows; r++, x += row, gx += row)
 #pragma GCC unroll 3
         for (int64_t c = 0; c < columns; c++) {
             Vector total = NAME(some)(gx + c * channels, lanes) + each;
             if (maximum) {
-                Mask has = (NAME(some)(x + c * channels, lanes) == highest) & ~found;
+                Vector value = NAME(some)(x + c * channels, lanes);
+                Mask has = ((value == highest) | (value != value)) & ~found;
                 total += (Vector)((Mask)of_highest & has);
                 found |= has;
             }
@@ -285,12 +287,15 @@ INLINE void NAME(spread_pools)(const Pools *s, const NAME(Back) *back, const REA
                     NAME(copy)(gx + here, &own, lanes);
                 }
                 Vector highest = values[s->identity], of_highest = of_maps[s->identity];
-                Vector each = of_maps[maps - 1] * (s->average ? share : 0);
+                Vector each = {0}; /* not 0 * NaN */
+                if (s->average) each = of_maps[maps - 1] * share;
                 int64_t at = (top * s->width + left) * channels + first, row = s->width * channels;
                 if (bottom - top == 3 && right - left == 3 && lanes == LANES)
-                    NAME(spread_to)(3, 3, row, channels, LANES, s->maximum, highest, of_highest, each, x + at, gx + at);
+                    NAME(spread_to)(3, 3, row, channels, LANES, s->maximum, highest, of_highest,
+                                    each, x + at, gx + at);
                 else
-                    NAME(spread_to)(bottom - top, right - left, row, channels, lanes, s->maximum, highest, of_highest, each, x + at, gx + at);
+                    NAME(spread_to)(bottom - top, right - left, row, channels, lanes, s->maximum,
+                                    highest, of_highest, each, x + at, gx + at);
             }
             gradient += s->edges * channels, y += pools * channels;
         }
@@ -306,7 +311,8 @@ static void NAME(spread_image)(const Pools *s, int64_t maps, const NAME(Back) *b
 int NAME(pools_backward)(const Pools *s, const REAL *gradient, const REAL *x, const REAL *weights,
                          const REAL *y, const REAL *statistics, REAL *gx, REAL *gweights) {
     int64_t channels = s->channels, pools = s->maximum + s->average, maps = s->identity + pools;
-    int64_t height = (s->height + s->stride - 1) / s->stride, image = s->height * s->width * channels;
+    int64_t height = (s->height + s->stride - 1) / s->stride;
+    int64_t image = s->height * s->width * channels;
     Parts parts = parts_of(s->images, height * ((s->width + s->stride - 1) / s->stride));
     int64_t of_maps = (maps * channels + LANES) * (int64_t)sizeof(REAL);
     int64_t size = s->edges * (1 + maps) * channels, width = s->edges * channels;

@@ -280,6 +280,7 @@ def can_share(operations: Sequence[nn.Module], x: Tensor, weights: Sequence[Tens
         and types is not None
         and None not in kinds
         and len(set(kinds)) == len(kinds)
+        and len({_stride(operation) for operation in operations}) == 1
         and all(weight.dtype == types.weights for weight in weights)
         and all(_fits(norm, types.weights) for norm in _norms(pools))
         # A channel's only pixel cannot be normalized.
@@ -317,7 +318,15 @@ def shared_sum(operations: Sequence[nn.Module], x: Tensor, weights: Sequence[Ten
 
 
 def _kind_of(operation: nn.Module) -> int | None:
-    return kind_of(operation[0] if isinstance(operation, NormalizedPool) else operation)
+    if not isinstance(operation, NormalizedPool):
+        return kind_of(operation)
+    pool, norm = operation
+    return None if has_hooks(operation) or has_hooks(norm) else kind_of(pool)
+
+
+def _stride(operation: nn.Module) -> int:
+    """Of a pool or the identity."""
+    return cast(int, operation[0].stride) if isinstance(operation, NormalizedPool) else 1
 
 
 def _norms(pools: Sequence[NormalizedPool]) -> list[MergedBatchNorm]:
