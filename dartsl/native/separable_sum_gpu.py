@@ -4,13 +4,19 @@ Shapes: B images, H x W pixels of x, H' x W' of the output, N output pixels B H'
 groups of I inputs and O outputs. All maps are in channels_last, in single or half precision;
 weights, statistics and sums are in single precision.
 
-A GPU too waits for its memory, and for kernels to begin: a pass through PyTorch's modules launches
-twelve thousand of them, as cuDNN computes a pointwise convolution in groups one group at a time.
-Here a kernel computes all branches of a level at once: convolutions of equal sizes beside each
-other, each with weights, a kernel size and a dilation of its own. Neither a depthwise convolution
-nor a normalized map that is only summed is kept.
+A GPU waits for kernels to begin, and for all that is not a product of matrices: a pass through
+PyTorch's modules launches twelve thousand kernels, and of what a depthwise convolution reads it
+multiplies every number once. Here a kernel computes all branches of a level at once, and a separable
+convolution, which is linear, as one convolution whose kernel is the product of its two,
+
+    W[(tap, i), o] = depthwise[i, tap] pointwise[o, i],
+
+by which every pixel's inputs around it, a row of K^2 I numbers, are multiplied on tensor cores. That
+are O times the multiplications, in less time; nothing between the two convolutions is kept, and
+their gradients are sums over those of W. Nor is a normalized map kept that is only summed.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -21,15 +27,23 @@ import triton.language as tl
 from torch import Tensor
 
 from dartsl.native import separable_sum
-from dartsl.native.triton_sums import counters, is_last, parts_of, room, share, tile_of
+from dartsl.native.triton_sums import (
+    MULTIPROCESSORS,
+    counters,
+    is_last,
+    parts_of,
+    room,
+    share,
+    tile_of,
+)
 
 MAX_BRANCHES = 4
 
 # Numbers that no kernel is compiled anew for.
 SIZES = [
-    "pixels", "height", "width", "out_height", "out_width", "step", "tiles", "groups", "split",
-    "summed", "programs", "sources", "all_groups", "channels", "all_channels", "begin", "size_0",
-    "size_1", "size_2", "size_3", "dilation_0", "dilation_1", "dilation_2", "dilation_3",
+    "pixels", "tiles", "groups", "members", "blocks", "split", "summed", "programs", "sources",
+    "units", "rows", "channels", "all_channels", "begin", "size_0", "size_1", "size_2", "size_3",
+    "dilation_0", "dilation_1", "dilation_2", "dilation_3",
 ]  # fmt: skip
 
 
@@ -46,71 +60,104 @@ def _of_branch(branch, first, second, third, fourth):
 
 
 @triton.jit
-def _taken_in(x, ok, b, row, column, height, width, stride, first, i, I: tl.constexpr):
-    """Pixels of x, 0 outside, [P, I']."""
-    ok = ok & (row >= 0) & (row < height) & (column >= 0) & (column < width)
-    at = ((b * height + row) * width + column)[:, None] * stride + (first + i)[None, :]
-    return tl.load(x + at, mask=ok[:, None] & (i < I)[None, :], other=0.0).to(tl.float32)
+def _taps_before(branch, size_0, size_1, size_2):
+    """Of the branches before this one, whose matrices stand before its own."""
+    taps = 0
+    if branch > 0:
+        taps += size_0 * size_0
+    if branch > 1:
+        taps += size_1 * size_1
+    if branch > 2:
+        taps += size_2 * size_2
+    return taps
 
 
 @triton.jit
-def _rectified(x):
-    return tl.where(x < 0, 0.0, x)  # NaN stays
+def _within(place, length):
+    return place.to(tl.uint32, bitcast=True) < length  # a negative number is a large one
+
+
+@triton.jit
+def _around(
+    x, ok, b, row, column, tap, size, dilation, H: tl.constexpr, W: tl.constexpr, row_size, c
+):
+    """Of x [B, H, W, row_size], for pixels [P] and columns [K]: channel c at a tap, 0 outside."""
+    row = row[:, None] + (dilation * (tap // size - size // 2))[None, :]
+    column = column[:, None] + (dilation * (tap % size - size // 2))[None, :]
+    at = ((b[:, None] * H + row) * W + column) * row_size + c[None, :]
+    return tl.load(x + at, mask=ok & _within(row, H) & _within(column, W), other=0.0)
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _forward(
-    x, depthwise_0, depthwise_1, depthwise_2, depthwise_3,
+def _compose(
+    depthwise_0, depthwise_1, depthwise_2, depthwise_3,
     pointwise_0, pointwise_1, pointwise_2, pointwise_3,
-    size_0, size_1, size_2, size_3, dilation_0, dilation_1, dilation_2, dilation_3,
-    y, partial, counter, statistics, eps,
-    pixels, height, width, out_height, out_width, step, groups, tiles, channels,
-    I: tl.constexpr, O: tl.constexpr, WIDEST: tl.constexpr, OWN: tl.constexpr, UNIT: tl.constexpr,
-    P: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr, ROWS: tl.constexpr,
+    size_0, size_1, size_2, size_3, matrices, groups,
+    I: tl.constexpr, O: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
-    """Y [N, T G O], and [3, T G O]: its mean, 1 / sqrt(var + eps) and variance without bias.
-
-    A program takes `tiles` times P pixels of a group, which reads inputs of its OWN, or those that
-    all read.
-    """
-    program, place_of_group = tl.program_id(0), tl.program_id(1)
-    branch, group = place_of_group // groups, place_of_group % groups
+    """W of all branches, [K^2 I, G O] each, one below the other."""
+    branch = tl.program_id(2)
     depthwise = _of_branch(branch, depthwise_0, depthwise_1, depthwise_2, depthwise_3)
     pointwise = _of_branch(branch, pointwise_0, pointwise_1, pointwise_2, pointwise_3)
     size = _of_branch(branch, size_0, size_1, size_2, size_3)
+    k = tl.program_id(0) * BK + tl.arange(0, BK)
+    o = tl.program_id(1) * BO + tl.arange(0, BO)
+    tap, i = k // I, k % I
+    mask = (tap < size * size)[:, None] & (o < groups * O)[None, :]
+    at = ((o // O * I)[None, :] + i[:, None]) * size * size + tap[:, None]
+    value = tl.load(depthwise + at, mask=mask, other=0.0)
+    value *= tl.load(pointwise + o[None, :] * I + i[:, None], mask=mask, other=0.0)
+    row = _taps_before(branch, size_0, size_1, size_2) * I + k
+    value = value.to(matrices.dtype.element_ty)
+    tl.store(matrices + row[:, None] * (groups * O) + o[None, :], value, mask=mask)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _convolve(
+    x, matrices, size_0, size_1, size_2, size_3, dilation_0, dilation_1, dilation_2, dilation_3,
+    y, partial, counter, statistics, eps,
+    pixels, groups, members, blocks, sources, tiles,
+    H: tl.constexpr, W: tl.constexpr, STRIDE: tl.constexpr, I: tl.constexpr, O: tl.constexpr,
+    P: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr, ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Y [N, T G O], and [3, T G O]: its mean, 1 / sqrt(var + eps) and variance without bias.
+
+    A program takes `tiles` times P pixels, and one of the `blocks` of the outputs of a unit: of
+    `members` groups of a branch that read the same inputs, one of the `sources`.
+    """
+    program, place = tl.program_id(0), tl.program_id(1)
+    unit, block = place // blocks, place % blocks
+    branch, first_group = unit * members // groups, unit * members % groups
+    size = _of_branch(branch, size_0, size_1, size_2, size_3)
     dilation = _of_branch(branch, dilation_0, dilation_1, dilation_2, dilation_3)
-    outputs = tl.num_programs(1) * O
-    channels *= UNIT
-    first_own = place_of_group * I if OWN else 0
-    o, inner = tl.arange(0, BO), tl.arange(0, BI)
+    outputs = tl.num_programs(1) // blocks * members * O
+    o = block * BO + tl.arange(0, BO)
+    o_ok = o < members * O
+    first_input = unit * I
+    if sources == 1:
+        first_input = 0
+    first_row = _taps_before(branch, size_0, size_1, size_2) * I
+    depth = size * size * I
     count = 0.0
     mean = tl.zeros([BO], tl.float32)
     squares = tl.zeros([BO], tl.float32)
     for tile in range(tiles):
         p = (program * tiles + tile) * P + tl.arange(0, P)
-        ok, b, h, w = tile_of(p, pixels, out_height, out_width)
+        ok, b, h, w = tile_of(p, pixels, (H - 1) // STRIDE + 1, (W - 1) // STRIDE + 1)
         product = tl.zeros([P, BO], tl.float32)
-        for first in range(0, I, BI):
-            i = first + inner
-            a = tl.zeros([P, BI], tl.float32)
-            for line in range(size):
-                row = h * step + dilation * (line - size // 2)
-                for place in tl.static_range(WIDEST):
-                    column = w * step + dilation * (place - size // 2)
-                    found = _taken_in(
-                        x, ok & (place < size), b, row, column, height, width, channels,
-                        first_own, i, I,
-                    )  # fmt: skip
-                    tap_at = (group * I + i) * size * size + line * size + place
-                    tap = tl.load(depthwise + tap_at, mask=(i < I) & (place < size), other=0.0)
-                    a += _rectified(found) * tap[None, :]
-            at = (group * O + o)[None, :] * I + i[:, None]
-            weight = tl.load(pointwise + at, mask=(o < O)[None, :] & (i < I)[:, None], other=0.0)
-            a, weight = a.to(y.dtype.element_ty), weight.to(y.dtype.element_ty)
-            product = tl.dot(a, weight, product, input_precision="ieee")
+        for begin in range(0, depth, BK):
+            k = begin + tl.arange(0, BK)
+            found = _around(
+                x, ok[:, None] & (k < depth)[None, :], b, h * STRIDE, w * STRIDE, k // I, size,
+                dilation, H, W, sources * I, first_input + k % I,
+            )  # fmt: skip
+            at = (first_row + k)[:, None] * (groups * O) + (first_group * O + o)[None, :]
+            weight = tl.load(matrices + at, mask=(k < depth)[:, None] & o_ok[None, :], other=0.0)
+            product = tl.dot(found, weight, product, input_precision=PRECISION)
         value = product.to(y.dtype.element_ty)
-        at = p[:, None] * outputs + (place_of_group * O + o)[None, :]
-        tl.store(y + at, value, mask=ok[:, None] & (o < O)[None, :])
+        at = p[:, None] * outputs + (unit * members * O + o)[None, :]
+        tl.store(y + at, value, mask=ok[:, None] & o_ok[None, :])
         # Moments around the mean of so many pixels, joined (Chan et al., 1979).
         value = value.to(tl.float32)
         number = tl.sum(ok.to(tl.float32))
@@ -120,28 +167,28 @@ def _forward(
         squares += tl.sum(around * around, 0) + (of_tile - mean) * (of_tile - mean) * count * share
         mean += (of_tile - mean) * share
         count += number
-    at = place_of_group * O + o
-    tl.store(partial + program * 2 * outputs + at, mean, mask=o < O)
-    tl.store(partial + (program * 2 + 1) * outputs + at, squares, mask=o < O)
-    if is_last(counter, place_of_group):
+    at = unit * members * O + o
+    tl.store(partial + program * 2 * outputs + at, mean, mask=o_ok)
+    tl.store(partial + (program * 2 + 1) * outputs + at, squares, mask=o_ok)
+    if is_last(counter, place):
         programs = tl.num_programs(0)
         mean = tl.zeros([BO], tl.float32)
         squares = tl.zeros([BO], tl.float32)
         for begin in range(0, programs, ROWS):
             means, _, counts = parts_of(
-                partial, begin, programs, outputs, at, pixels, tiles * P, o < O, ROWS
+                partial, begin, programs, outputs, at, pixels, tiles * P, o_ok, ROWS
             )
             mean += tl.sum(means * counts, 0)
         mean /= pixels
         for begin in range(0, programs, ROWS):
             means, sums, counts = parts_of(
-                partial, begin, programs, outputs, at, pixels, tiles * P, o < O, ROWS
+                partial, begin, programs, outputs, at, pixels, tiles * P, o_ok, ROWS
             )
             around = means - mean[None, :]
             squares += tl.sum(sums + counts * around * around, 0)
-        tl.store(statistics + at, mean, mask=o < O)
-        tl.store(statistics + outputs + at, 1 / tl.sqrt(squares / pixels + eps), mask=o < O)
-        tl.store(statistics + 2 * outputs + at, squares / (pixels - 1), mask=o < O)
+        tl.store(statistics + at, mean, mask=o_ok)
+        tl.store(statistics + outputs + at, 1 / tl.sqrt(squares / pixels + eps), mask=o_ok)
+        tl.store(statistics + 2 * outputs + at, squares / (pixels - 1), mask=o_ok)
 
 
 @triton.jit
@@ -154,16 +201,17 @@ def _normalized(y, statistics, p, at, channels, mask, ok):
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _normalize(
+def _rectify(
     y, statistics, output, pixels, channels, all_channels,
     UNIT: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """(y - mean) / sqrt(var + eps), [N, channels], of the first channels of y."""
+    """max((y - mean) / sqrt(var + eps), 0), [N, channels], of the first channels of y."""
     channels, all_channels = channels * UNIT, all_channels * UNIT
     p = tl.program_id(0) * P + tl.arange(0, P)
     c = tl.program_id(1) * C + tl.arange(0, C)
     mask = (p < pixels)[:, None] & (c < channels)[None, :]
     value = _normalized(y, statistics, p, c, all_channels, mask, c < channels)
+    value = tl.where(value < 0, 0.0, value)  # NaN stays
     at = p[:, None] * channels + c[None, :]
     tl.store(output + at, value.to(output.dtype.element_ty), mask=mask)
 
@@ -217,21 +265,21 @@ def _sum_gradient(
     ok = c < channels
     at = begin + which * channels + c
     mean = tl.load(statistics + at, mask=ok, other=0.0)
-    total = tl.zeros([C], tl.float32)
-    product = tl.zeros([C], tl.float32)
+    # By place in a tile, so that nothing waits for other pixels before the end.
+    totals = tl.zeros([P, C], tl.float32)
+    products_of = tl.zeros([P, C], tl.float32)
     for tile in range(tiles):
         p = (program * tiles + tile) * P + tl.arange(0, P)
         mask = (p < pixels)[:, None] & ok[None, :]
         g = tl.load(gradient + p[:, None] * channels + c[None, :], mask=mask, other=0.0)
         g = g.to(tl.float32)
         around = tl.load(y + p[:, None] * all_channels + at[None, :], mask=mask, other=0.0)
-        around = around.to(tl.float32) - mean[None, :]
-        total += tl.sum(g, 0)
-        product += tl.sum(g * around, 0)
+        totals += g
+        products_of += g * (around.to(tl.float32) - mean[None, :])
     row = tl.num_programs(2) * channels
     where = which * channels + c
-    tl.store(partial + program * 2 * row + where, total, mask=ok)
-    tl.store(partial + (program * 2 + 1) * row + where, product, mask=ok)
+    tl.store(partial + program * 2 * row + where, tl.sum(totals, 0), mask=ok)
+    tl.store(partial + (program * 2 + 1) * row + where, tl.sum(products_of, 0), mask=ok)
     if is_last(counter, which * tl.num_programs(1) + block):
         programs = tl.num_programs(0)
         total = tl.zeros([C], tl.float32)
@@ -248,160 +296,158 @@ def _sum_gradient(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _pointwise_backward(
-    gradient, own_gradient, x, depthwise_0, depthwise_1, depthwise_2, depthwise_3,
-    pointwise_0, pointwise_1, pointwise_2, pointwise_3,
-    size_0, size_1, size_2, size_3, dilation_0, dilation_1, dilation_2, dilation_3,
-    scale, y, statistics, sums, products, inner_gradient, partial,
-    pixels, height, width, out_height, out_width, step, groups, split, tiles, channels,
-    I: tl.constexpr, O: tl.constexpr, WIDEST: tl.constexpr, OWN: tl.constexpr, UNIT: tl.constexpr,
-    SCALED: tl.constexpr, WEIGHTS: tl.constexpr, INNER: tl.constexpr,
-    P: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr, TAPS: tl.constexpr,
+def _denormalize(
+    gradient, own_gradient, scales, y, statistics, sums, products, output,
+    pixels, channels, split,
+    SCALED: tl.constexpr, UNIT: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """The gradient [N, T G I] of the depthwise convolution, and programs' shares of the weights'.
+    """The gradient of y [N, M C'] by those of its M normalized maps.
 
-    The first `split` groups have a gradient of their own each; the branches after them share
-    theirs [N, G O], as they are scaled and summed. A program takes `tiles` times P pixels and BI
-    inputs of a group.
+    The first `split` maps have a gradient of their own each; those after them share theirs
+    [N, C'], as they are scaled and summed. Program m along the third axis takes map m.
     """
-    program, place_of_group = tl.program_id(0), tl.program_id(1)
-    all_groups = tl.num_programs(1)
-    branch, group = place_of_group // groups, place_of_group % groups
-    depthwise = _of_branch(branch, depthwise_0, depthwise_1, depthwise_2, depthwise_3)
-    pointwise = _of_branch(branch, pointwise_0, pointwise_1, pointwise_2, pointwise_3)
-    size = _of_branch(branch, size_0, size_1, size_2, size_3)
-    dilation = _of_branch(branch, dilation_0, dilation_1, dilation_2, dilation_3)
-    source, row_of_source, in_source = gradient, groups * O, group * O
-    if place_of_group < split:
-        source, row_of_source, in_source = own_gradient, split * O, place_of_group * O
-    outputs = all_groups * O
     channels *= UNIT
-    first_own = place_of_group * I if OWN else 0
-    o = tl.arange(0, BO)
-    i = tl.program_id(2) * BI + tl.arange(0, BI)
-    at = place_of_group * O + o
-    mean = tl.load(statistics + at, mask=o < O, other=0.0)
-    inverse = tl.load(statistics + outputs + at, mask=o < O, other=0.0)
-    mean_gradient = tl.load(sums + at, mask=o < O, other=0.0) / pixels
-    slope = tl.load(products + at, mask=o < O, other=0.0) * inverse / pixels
+    which, all_channels = tl.program_id(2), tl.num_programs(2) * channels
+    source, row, begin = gradient, channels, 0
+    if which < split:
+        source, row, begin = own_gradient, split * channels, which * channels
+    p = tl.program_id(0) * P + tl.arange(0, P)
+    c = tl.program_id(1) * C + tl.arange(0, C)
+    at, ok = which * channels + c, c < channels
+    mask = (p < pixels)[:, None] & ok[None, :]
+    mean = tl.load(statistics + at, mask=ok, other=0.0)
+    inverse = tl.load(statistics + all_channels + at, mask=ok, other=0.0)
+    of_mean = tl.load(sums + at, mask=ok, other=0.0) / pixels
+    slope = tl.load(products + at, mask=ok, other=0.0) * inverse / pixels
     factor = inverse
     if SCALED:
-        scaled = (o < O) & (place_of_group >= split)
-        factor *= tl.load(scale + at - split * O, mask=scaled, other=1.0)
-    weight_at = (group * O + o)[:, None] * I + i[None, :]
-    weight_ok = (o < O)[:, None] & (i < I)[None, :]
-    weight = tl.load(pointwise + weight_at, mask=weight_ok, other=0.0).to(y.dtype.element_ty)
-    of_pointwise = tl.zeros([BO, BI], tl.float32)
-    of_depthwise = tl.zeros([TAPS, BI], tl.float32)
-    taps = tl.arange(0, TAPS)
-    for tile in range(tiles):
-        p = (program * tiles + tile) * P + tl.arange(0, P)
-        ok, b, h, w = tile_of(p, pixels, out_height, out_width)
-        mask = ok[:, None] & (o < O)[None, :]
-        where = p[:, None] * row_of_source + (in_source + o)[None, :]
-        g = tl.load(source + where, mask=mask, other=0.0).to(tl.float32)
-        where = p[:, None] * outputs + at[None, :]
-        around = tl.load(y + where, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
-        g = (g - mean_gradient[None, :] - around * slope[None, :]) * factor[None, :]
-        g = tl.where(mask, g, 0.0).to(y.dtype.element_ty)
-        of_a = tl.dot(g, weight, input_precision="ieee")
-        if INNER:
-            in_row = p[:, None] * (all_groups * I) + (place_of_group * I + i)[None, :]
-            value = of_a.to(y.dtype.element_ty)
-            tl.store(inner_gradient + in_row, value, mask=ok[:, None] & (i < I)[None, :])
-        if WEIGHTS:
-            a = tl.zeros([P, BI], tl.float32)
-            for line in range(size):
-                row = h * step + dilation * (line - size // 2)
-                for place in tl.static_range(WIDEST):
-                    column = w * step + dilation * (place - size // 2)
-                    found = _taken_in(
-                        x, ok & (place < size), b, row, column, height, width, channels,
-                        first_own, i, I,
-                    )  # fmt: skip
-                    found = _rectified(found)
-                    tap_at = (group * I + i) * size * size + line * size + place
-                    tap = tl.load(depthwise + tap_at, mask=(i < I) & (place < size), other=0.0)
-                    a += found * tap[None, :]
-                    of_tap = tl.sum(found * of_a, 0)
-                    here = (taps == line * size + place) & (place < size)
-                    of_depthwise += tl.where(here[:, None], of_tap[None, :], 0.0)
-            of_pointwise = tl.dot(
-                tl.trans(g), a.to(y.dtype.element_ty), of_pointwise, input_precision="ieee"
-            )
-    if WEIGHTS:
-        # [T, G O, I], then [T, G I, WIDEST^2].
-        share = partial + program * all_groups * (O * I + I * WIDEST * WIDEST)
-        tl.store(share + branch * groups * O * I + weight_at, of_pointwise, mask=weight_ok)
-        share += all_groups * O * I
-        where = (place_of_group * I + i)[None, :] * (WIDEST * WIDEST) + taps[:, None]
-        mask = (taps < WIDEST * WIDEST)[:, None] & (i < I)[None, :]
-        tl.store(share + where, of_depthwise, mask=mask)
+        behind = at - split * channels
+        factor *= tl.load(scales + behind, mask=ok & (behind >= 0), other=1.0)
+    g = tl.load(source + p[:, None] * row + (begin + c)[None, :], mask=mask, other=0.0)
+    where = p[:, None] * all_channels + at[None, :]
+    around = tl.load(y + where, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
+    g = (g.to(tl.float32) - of_mean[None, :] - around * slope[None, :]) * factor[None, :]
+    tl.store(output + where, g.to(output.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _add_shares(
-    partial, pointwise_0, pointwise_1, pointwise_2, pointwise_3,
-    depthwise_0, depthwise_1, depthwise_2, depthwise_3,
-    size_0, size_1, size_2, size_3, programs, groups,
-    I: tl.constexpr, O: tl.constexpr, WIDEST: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr,
+def _gradient_of_matrices(
+    gradient, x, size_0, size_1, size_2, size_3, dilation_0, dilation_1, dilation_2, dilation_3,
+    partial, pixels, groups, members, blocks, sources, tiles, rows,
+    H: tl.constexpr, W: tl.constexpr, STRIDE: tl.constexpr, I: tl.constexpr, O: tl.constexpr,
+    P: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a branch's weights, of which each program has found a share."""
-    branch, branches = tl.program_id(1), tl.num_programs(1)
-    pointwise = _of_branch(branch, pointwise_0, pointwise_1, pointwise_2, pointwise_3)
-    depthwise = _of_branch(branch, depthwise_0, depthwise_1, depthwise_2, depthwise_3)
+    """Programs' shares of the gradient of W, of all branches, by that of Y.
+
+    A program takes BK rows of W and, as in `_convolve`, pixels and outputs.
+    """
+    program, place = tl.program_id(0), tl.program_id(2)
+    unit, block = place // blocks, place % blocks
+    branch, first_group = unit * members // groups, unit * members % groups
     size = _of_branch(branch, size_0, size_1, size_2, size_3)
-    of_pointwise, of_depthwise = groups * O * I, groups * I * WIDEST * WIDEST
-    n = tl.program_id(0) * C + tl.arange(0, C)
-    rest = n - of_pointwise
-    where = branch * of_pointwise + n
-    where = tl.where(rest < 0, where, branches * of_pointwise + branch * of_depthwise + rest)
-    total = tl.zeros([C], tl.float32)
-    for start in range(0, programs, ROWS):
-        rows = start + tl.arange(0, ROWS)
-        mask = (rows < programs)[:, None] & (rest < of_depthwise)[None, :]
-        at = rows[:, None] * (branches * (of_pointwise + of_depthwise)) + where[None, :]
-        total += tl.sum(tl.load(partial + at, mask=mask, other=0.0), 0)
-    tl.store(pointwise + n, total, mask=rest < 0)
-    tap = rest % (WIDEST * WIDEST)
-    at = rest // (WIDEST * WIDEST) * size * size + tap
-    tl.store(depthwise + at, total, mask=(rest >= 0) & (rest < of_depthwise) & (tap < size * size))
+    dilation = _of_branch(branch, dilation_0, dilation_1, dilation_2, dilation_3)
+    outputs = tl.num_programs(2) // blocks * members * O
+    o = block * BO + tl.arange(0, BO)
+    o_ok = o < members * O
+    first_input = unit * I
+    if sources == 1:
+        first_input = 0
+    depth = size * size * I
+    k = tl.program_id(1) * BK + tl.arange(0, BK)
+    if tl.program_id(1) * BK < depth:
+        total = tl.zeros([BK, BO], tl.float32)
+        for tile in range(tiles):
+            p = (program * tiles + tile) * P + tl.arange(0, P)
+            ok, b, h, w = tile_of(p, pixels, (H - 1) // STRIDE + 1, (W - 1) // STRIDE + 1)
+            found = _around(
+                x, ok[:, None] & (k < depth)[None, :], b, h * STRIDE, w * STRIDE, k // I, size,
+                dilation, H, W, sources * I, first_input + k % I,
+            )  # fmt: skip
+            at = p[:, None] * outputs + (unit * members * O + o)[None, :]
+            g = tl.load(gradient + at, mask=ok[:, None] & o_ok[None, :], other=0.0)
+            total = tl.dot(tl.trans(found), g, total, input_precision=PRECISION)
+        row = program * rows + _taps_before(branch, size_0, size_1, size_2) * I + k
+        at = row[:, None] * (groups * O) + (first_group * O + o)[None, :]
+        tl.store(partial + at, total, mask=(k < depth)[:, None] & o_ok[None, :])
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _depthwise_backward(
-    inner_gradient, x, depthwise_0, depthwise_1, depthwise_2, depthwise_3,
-    size_0, size_1, size_2, size_3, dilation_0, dilation_1, dilation_2, dilation_3, x_gradient,
-    pixels, height, width, out_height, out_width, step, groups, summed, sources, all_groups,
-    I: tl.constexpr, WIDEST: tl.constexpr, P: tl.constexpr, BI: tl.constexpr,
+def _decompose(
+    partial, depthwise_0, depthwise_1, depthwise_2, depthwise_3,
+    pointwise_0, pointwise_1, pointwise_2, pointwise_3,
+    of_depthwise_0, of_depthwise_1, of_depthwise_2, of_depthwise_3,
+    of_pointwise_0, of_pointwise_1, of_pointwise_2, of_pointwise_3,
+    size_0, size_1, size_2, size_3, programs, rows,
+    I: tl.constexpr, O: tl.constexpr, TAPS: tl.constexpr, BO: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of x, [B H W, S I]: the sum over `summed` groups that have read the same."""
-    channels, all_channels = sources * I, all_groups * I
+    """The gradients of a group's weights at one of its inputs, by programs' shares of that of W."""
+    i, group, branch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    groups = tl.num_programs(1)
+    size = _of_branch(branch, size_0, size_1, size_2, size_3)
+    first_row = _taps_before(branch, size_0, size_1, size_2) * I
+    tap, o, share = tl.arange(0, TAPS), tl.arange(0, BO), tl.arange(0, ROWS)
+    ok = (tap < size * size)[:, None] & (o < O)[None, :]
+    within = (first_row + tap * I + i)[:, None] * (groups * O) + (group * O + o)[None, :]
+    total = tl.zeros([TAPS, BO], tl.float32)
+    for start in range(0, programs, ROWS):
+        at = (start + share)[:, None, None] * rows * (groups * O) + within[None, :, :]
+        mask = (start + share < programs)[:, None, None] & ok[None, :, :]
+        total += tl.sum(tl.load(partial + at, mask=mask, other=0.0), 0)
+    depthwise = _of_branch(branch, depthwise_0, depthwise_1, depthwise_2, depthwise_3)
+    pointwise = _of_branch(branch, pointwise_0, pointwise_1, pointwise_2, pointwise_3)
+    tap_at = (group * I + i) * size * size + tap
+    o_at = (group * O + o) * I + i
+    of_tap = tl.load(depthwise + tap_at, mask=tap < size * size, other=0.0)
+    of_output = tl.load(pointwise + o_at, mask=o < O, other=0.0)
+    depthwise = _of_branch(branch, of_depthwise_0, of_depthwise_1, of_depthwise_2, of_depthwise_3)
+    pointwise = _of_branch(branch, of_pointwise_0, of_pointwise_1, of_pointwise_2, of_pointwise_3)
+    tl.store(depthwise + tap_at, tl.sum(total * of_output[None, :], 1), mask=tap < size * size)
+    tl.store(pointwise + o_at, tl.sum(total * of_tap[:, None], 0), mask=o < O)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _gradient_of_input(
+    gradient, matrices, size_0, size_1, size_2, size_3,
+    dilation_0, dilation_1, dilation_2, dilation_3, x, x_gradient,
+    pixels, groups, members, units, summed,
+    H: tl.constexpr, W: tl.constexpr, STRIDE: tl.constexpr, I: tl.constexpr, O: tl.constexpr,
+    P: tl.constexpr, BK: tl.constexpr, BI: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradient of what x [B H W, S I] was rectified from, by that of Y.
+
+    It is the sum over the `summed` units of outputs that have read the same inputs.
+    """
+    source, outputs = tl.program_id(2), units * members * O
     p = tl.program_id(0) * P + tl.arange(0, P)
     i = tl.program_id(1) * BI + tl.arange(0, BI)
-    ok, b, h, w = tile_of(p, pixels, height, width)
-    place_of_source = tl.program_id(2)
+    ok, b, h, w = tile_of(p, pixels, H, W)
     total = tl.zeros([P, BI], tl.float32)
-    for place_of_group in range(place_of_source, place_of_source + summed):
-        branch, group = place_of_group // groups, place_of_group % groups
-        depthwise = _of_branch(branch, depthwise_0, depthwise_1, depthwise_2, depthwise_3)
+    for unit in range(source, source + summed):
+        branch, first_group = unit * members // groups, unit * members % groups
         size = _of_branch(branch, size_0, size_1, size_2, size_3)
         dilation = _of_branch(branch, dilation_0, dilation_1, dilation_2, dilation_3)
-        for line in range(size):
-            # Of output o, tap j has read pixel step o + dilation (j - K // 2); step is 1 or 2.
-            row = h - dilation * (line - size // 2)
-            there = ok & ((row & (step - 1)) == 0)
-            for place in tl.static_range(WIDEST):
-                column = w - dilation * (place - size // 2)
-                found = _taken_in(
-                    inner_gradient, there & ((column & (step - 1)) == 0) & (place < size), b,
-                    row >> (step - 1), column >> (step - 1), out_height, out_width,
-                    all_channels, place_of_group * I, i, I,
-                )  # fmt: skip
-                tap_at = (group * I + i) * size * size + line * size + place
-                tap = tl.load(depthwise + tap_at, mask=(i < I) & (place < size), other=0.0)
-                total += found * tap[None, :]
-    at = p[:, None] * channels + (place_of_source * I + i)[None, :]
+        first_row = _taps_before(branch, size_0, size_1, size_2) * I
+        depth = size * size * members * O
+        for begin in range(0, depth, BK):
+            k = begin + tl.arange(0, BK)
+            tap, o = k // O // members, k // O % members * O + k % O
+            # Of output pixel q, tap j has read pixel STRIDE q + dilation (j - K // 2).
+            row = h[:, None] - (dilation * (tap // size - size // 2))[None, :]
+            column = w[:, None] - (dilation * (tap % size - size // 2))[None, :]
+            there = ok[:, None] & (k < depth)[None, :] & _within(row, H) & _within(column, W)
+            if STRIDE == 2:
+                there &= ((row | column) & 1) == 0
+                row, column = row >> 1, column >> 1
+            at = (b[:, None] * ((H - 1) // STRIDE + 1) + row) * ((W - 1) // STRIDE + 1) + column
+            at *= outputs
+            at += (unit * members * O + o)[None, :]
+            g = tl.load(gradient + at, mask=there, other=0.0)
+            at = (first_row + tap * I)[:, None] + i[None, :]
+            at = at * (groups * O) + (first_group * O + o)[:, None]
+            mask = (k < depth)[:, None] & (i < I)[None, :]
+            weight = tl.load(matrices + at, mask=mask, other=0.0)
+            total = tl.dot(g, weight, total, input_precision=PRECISION)
+    at = p[:, None] * (tl.num_programs(2) * I) + (source * I + i)[None, :]
     mask = ok[:, None] & (i < I)[None, :]
     value = tl.load(x + at, mask=mask, other=0.0)
     total = tl.where(value <= 0, 0.0, total)
@@ -409,7 +455,7 @@ def _depthwise_backward(
 
 
 class Level:
-    """Separable convolutions beside each other, from x to what is normalized.
+    """Separable convolutions beside each other, from rectified x to what is normalized.
 
     Args:
         x: [B, S I, H, W] in channels_last; S is 1 where all groups read the same, or T G.
@@ -419,8 +465,9 @@ class Level:
         dilations: of every branch.
     """
 
-    block = 64  # pixels
-    inner_block = 16  # inputs
+    wide_block, block = 128, 64  # pixels, or numbers of a row of W
+    inner_bytes = 128  # of a row of the matrices that are multiplied
+    outer_block = 64  # outputs
 
     def __init__(
         self,
@@ -436,94 +483,104 @@ class Level:
         self.branches = len(depthwise)
         self.inputs = pointwise[0].shape[1]
         self.groups = len(depthwise[0]) // self.inputs
-        self.all_groups = self.branches * self.groups
         self.outputs = len(pointwise[0]) // self.groups
-        self.kernels = [tensor.shape[-1] for tensor in depthwise]
-        self.widest = max(self.kernels)
-        self.dilations = dilations
+        kernels = [tensor.shape[-1] for tensor in depthwise]
+        self.taps = max(kernels) ** 2
+        self.shapes = *_four(kernels), *_four(dilations)
+        self.rows = sum(kernel**2 for kernel in kernels) * self.inputs
         self.sources = x.shape[1] // self.inputs
+        # Outputs that read the same inputs of a branch are computed together.
+        self.members = self.groups if self.sources == 1 else 1
+        self.units = self.branches * self.groups // self.members
         images, _, height, width = x.shape
         self.size = -(-height // stride), -(-width // stride)
         self.pixels = images * self.size[0] * self.size[1]
-        self.programs, self.tiles = share(self.pixels, self.block, self.all_groups)
+        self.numbers = {
+            "H": height,
+            "W": width,
+            "STRIDE": stride,
+            "I": self.inputs,
+            "O": self.outputs,
+            # Three products of numbers of 11 bits each: as exact as single precision, in its time.
+            "PRECISION": "tf32x3",
+        }
+        self.matrices = self.compose()
+
+    def compose(self) -> Tensor:
+        """The branches' W, one below the other, in the type of x."""
+        matrices = self.x.new_empty(self.rows, self.groups * self.outputs)
+        grid = (
+            triton.cdiv(self.taps * self.inputs, 32),
+            triton.cdiv(self.groups * self.outputs, 64),
+            self.branches,
+        )
+        _compose[grid](
+            *_four(self.depthwise), *_four(self.pointwise), *self.shapes[:MAX_BRANCHES], matrices,
+            self.groups, self.inputs, self.outputs, BK=32, BO=64,
+        )  # fmt: skip
+        return matrices
 
     def convolve(self, eps: float) -> tuple[Tensor, Tensor]:
         """Y [B, T G O, H', W'] and its statistics [3, T G O]."""
-        channels = self.all_groups * self.outputs
+        channels = self.branches * self.groups * self.outputs
         y = self.new_map(channels)
         statistics = self.pointwise[0].new_empty(3, channels)
-        unit = _unit(self.x.shape[1])
-        _forward[self.programs, self.all_groups](
-            self.x, *_four(self.depthwise), *_four(self.pointwise), *_four(self.kernels),
-            *_four(self.dilations), y, room(y, self.programs * 2 * channels), counters(y.device),
-            statistics, eps, self.pixels, *self.x.shape[2:], *self.size, self.stride, self.groups,
-            self.tiles, self.x.shape[1] // unit, self.inputs, self.outputs, self.widest,
-            OWN=self.sources > 1, UNIT=unit, P=self.block, BI=self.inner_block, BO=self.outer_block,
-            ROWS=max(1, 1024 // self.outer_block),
+        block, blocks = self.outputs_of_a_program
+        pixels = self.pixels_of_a_program(self.pixels, self.units * blocks)
+        programs, tiles = share(self.pixels, pixels, self.units * blocks)
+        _convolve[programs, self.units * blocks](
+            self.x, self.matrices, *self.shapes, y, room(y, programs * 2 * channels),
+            counters(y.device), statistics, eps,
+            self.pixels, self.groups, self.members, blocks, self.sources, tiles,
+            P=pixels, BK=self.inner_block, BO=block, ROWS=max(1, 1024 // block), **self.numbers,
         )  # fmt: skip
         return y, statistics
 
-    def backward(
-        self,
-        y: Tensor,
-        statistics: Tensor,
-        sums: tuple[Tensor, Tensor],
-        gradient: Tensor,
-        own_gradient: Tensor | None,
-        scale: Tensor | None,
-        of_x: bool,
-        of_weights: bool,
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Gradients of x and of the weights; empty where they are not wanted.
+    def gradient_of_input(self, gradient: Tensor) -> Tensor:
+        """Of what x was rectified from, [B, S I, H, W].
 
         Args:
-            y: of `convolve`.
-            statistics: the same.
-            sums: of `sum_gradient`.
-            gradient: [B, G O, H', W'], of what branches are scaled and summed to.
-            own_gradient: of the normalized maps of the first branches, which are not.
-            scale: of the branches that are, one after the other; None for 1.
-            of_x: whether that is wanted.
-            of_weights: the same.
+            gradient: of Y, [B, T G O, H', W'].
         """
-        split = 0 if own_gradient is None else own_gradient.shape[1] // self.outputs
-        inner_gradient = y.new_empty(self.pixels if of_x else 0, self.all_groups * self.inputs)
-        numbers = self.outputs * self.inputs + self.inputs * self.widest**2
-        partial = room(y, self.programs * self.all_groups * numbers if of_weights else 0)
-        chunks = triton.cdiv(self.inputs, self.inner_block)
-        unit = _unit(self.x.shape[1])
-        _pointwise_backward[self.programs, self.all_groups, chunks](
-            gradient, gradient if own_gradient is None else own_gradient, self.x,
-            *_four(self.depthwise), *_four(self.pointwise), *_four(self.kernels),
-            *_four(self.dilations), scale, y, statistics, *sums, inner_gradient, partial,
-            self.pixels, *self.x.shape[2:], *self.size, self.stride, self.groups, split,
-            self.tiles, self.x.shape[1] // unit, self.inputs, self.outputs, self.widest,
-            OWN=self.sources > 1, UNIT=unit,
-            SCALED=scale is not None, WEIGHTS=of_weights, INNER=of_x,
-            P=self.block, BI=self.inner_block, BO=self.outer_block,
-            TAPS=triton.next_power_of_2(self.widest**2),
+        output = torch.empty_like(self.x)
+        pixels = self.x.numel() // self.x.shape[1]
+        block = min(self.outer_block, max(16, triton.next_power_of_2(self.inputs)))
+        blocks = triton.cdiv(self.inputs, block)
+        pixels_block = self.pixels_of_a_program(pixels, blocks * self.sources)
+        grid = triton.cdiv(pixels, pixels_block), blocks, self.sources
+        _gradient_of_input[grid](
+            gradient, self.matrices, *self.shapes, self.x, output,
+            pixels, self.groups, self.members, self.units, self.units // self.sources,
+            P=pixels_block, BK=self.inner_block, BI=block, **self.numbers,
         )  # fmt: skip
-        of_depthwise: list[Tensor] = []
-        of_pointwise: list[Tensor] = []
-        if of_weights:
-            of_depthwise = [torch.empty_like(weight) for weight in self.depthwise]
-            of_pointwise = [torch.empty_like(weight) for weight in self.pointwise]
-            _add_shares[triton.cdiv(self.groups * numbers, 64), self.branches](
-                partial, *_four(of_pointwise), *_four(of_depthwise), *_four(self.kernels),
-                self.programs, self.groups, self.inputs, self.outputs, self.widest, ROWS=64, C=64,
-            )  # fmt: skip
-        of_input = self.x.new_empty(0)
-        if of_x:
-            of_input = torch.empty_like(self.x)
-            pixels = self.x.numel() // self.x.shape[1]
-            _depthwise_backward[triton.cdiv(pixels, self.block), chunks, self.sources](
-                inner_gradient, self.x, *_four(self.depthwise), *_four(self.kernels),
-                *_four(self.dilations), of_input, pixels, *self.x.shape[2:], *self.size,
-                self.stride, self.groups, self.all_groups // self.sources, self.sources,
-                self.all_groups, self.inputs, self.widest,
-                P=self.block, BI=self.inner_block,
-            )  # fmt: skip
-        return of_input, of_depthwise, of_pointwise
+        return output
+
+    def gradients_of_weights(self, gradient: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Of the depthwise and of the pointwise weights.
+
+        Args:
+            gradient: of Y, [B, T G O, H', W'].
+        """
+        block, blocks = self.outputs_of_a_program
+        line = self.wide_block if self.x.element_size() == 2 else self.block
+        lines = triton.cdiv(self.taps * self.inputs, line)
+        # Half as many programs as elsewhere, for each writes down a whole block.
+        programs, tiles = share(self.pixels, self.inner_block, 2 * lines * self.units * blocks)
+        partial = room(gradient, programs * self.matrices.numel())
+        _gradient_of_matrices[programs, lines, self.units * blocks](
+            gradient, self.x, *self.shapes, partial,
+            self.pixels, self.groups, self.members, blocks, self.sources, tiles, self.rows,
+            P=self.inner_block, BK=line, BO=block, **self.numbers,
+        )  # fmt: skip
+        of_depthwise = [torch.empty_like(weight) for weight in self.depthwise]
+        of_pointwise = [torch.empty_like(weight) for weight in self.pointwise]
+        taps, outer = triton.next_power_of_2(self.taps), triton.next_power_of_2(self.outputs)
+        _decompose[self.inputs, self.groups, self.branches](
+            partial, *_four(self.depthwise), *_four(self.pointwise), *_four(of_depthwise),
+            *_four(of_pointwise), *self.shapes[:MAX_BRANCHES], programs, self.rows,
+            self.inputs, self.outputs, TAPS=taps, BO=outer, ROWS=max(1, 4096 // (taps * outer)),
+        )  # fmt: skip
+        return of_depthwise, of_pointwise
 
     def new_map(self, channels: int) -> Tensor:
         """[B, channels, H', W'], to be filled."""
@@ -535,9 +592,26 @@ class Level:
         )
 
     @property
-    def outer_block(self) -> int:
-        """Outputs of a group, as a power of two."""
-        return max(16, triton.next_power_of_2(self.outputs))
+    def inner_block(self) -> int:
+        """Numbers of a row of the matrices that are multiplied."""
+        return self.inner_bytes // self.x.element_size()
+
+    def pixels_of_a_program(self, pixels: int, columns: int) -> int:
+        """As many as registers take, but fewer where some multiprocessors had nothing to do.
+
+        Args:
+            pixels: of all.
+            columns: how often the programs are there beside each other.
+        """
+        few = triton.cdiv(pixels, self.wide_block) * columns < MULTIPROCESSORS
+        return self.block if few or self.x.element_size() > 2 else self.wide_block
+
+    @property
+    def outputs_of_a_program(self) -> tuple[int, int]:
+        """How many outputs of a unit a program computes, and how many programs there are for it."""
+        outputs = self.members * self.outputs
+        block = min(self.outer_block, max(16, triton.next_power_of_2(outputs)))
+        return block, triton.cdiv(outputs, block)
 
 
 def sum_gradient(
@@ -572,14 +646,44 @@ def sum_gradient(
     )  # fmt: skip
 
 
-def normalize(y: Tensor, statistics: Tensor, output: Tensor) -> None:
-    """Fill in the normalized first channels of y."""
+def rectify(y: Tensor, statistics: Tensor, output: Tensor) -> None:
+    """Fill in the normalized first channels of y, 0 where they are negative."""
     channels = output.shape[1]
     pixels, grid, blocks = _tiles(output)
     unit = _unit(channels, y.shape[1])
-    _normalize[grid](
+    _rectify[grid](
         y, statistics, output, pixels, channels // unit, y.shape[1] // unit, UNIT=unit, **blocks
     )
+
+
+def denormalize(
+    gradient: Tensor,
+    own_gradient: Tensor | None,
+    scales: Tensor | None,
+    y: Tensor,
+    statistics: Tensor,
+    sums: tuple[Tensor, Tensor],
+) -> Tensor:
+    """The gradient of y by those of its normalized maps.
+
+    Args:
+        gradient: [B, C, H', W'], of what maps are scaled and summed to.
+        own_gradient: of the first maps, which are not.
+        scales: of the maps that are, one after the other, C each; None for 1.
+        y: [B, M C, H', W'].
+        statistics: its, [3, M C].
+        sums: of `sum_gradient`, for all maps.
+    """
+    channels = gradient.shape[1]
+    output = torch.empty_like(y)
+    pixels, grid, blocks = _tiles(gradient)
+    split = 0 if own_gradient is None else own_gradient.shape[1] // channels
+    unit = _unit(channels)
+    _denormalize[(*grid, y.shape[1] // channels)](
+        gradient, gradient if own_gradient is None else own_gradient, scales, y, statistics, *sums,
+        output, pixels, channels // unit, split, SCALED=scales is not None, UNIT=unit, **blocks,
+    )  # fmt: skip
+    return output
 
 
 def forward(
@@ -608,17 +712,17 @@ def forward(
 
     Returns:
         The sum; y [B, T G C, H', W'] of the first convolutions and its statistics [3, T G C]; the
-        normalized maps of the deep chains, [B, deep G C, H', W'], their y and its statistics.
+        rectified maps of the deep chains, [B, deep G C, H', W'], their y and its statistics.
     """
     chains, channels = scales.shape
     x, addend = _channels_last(x), None if addend is None else _channels_last(addend)
     scales = scales.contiguous()
-    first = Level(x, depthwise[:chains], pointwise[:chains], stride, dilations[:chains])
+    first = Level(x.relu(), depthwise[:chains], pointwise[:chains], stride, dilations[:chains])
     y, statistics = first.convolve(eps)
     inner = first.new_map(deep * channels)
     deep_y, deep_statistics = inner, statistics[:, :0].contiguous()
     if deep:
-        normalize(y, statistics, inner)
+        rectify(y, statistics, inner)
         second = Level(inner, depthwise[chains:], pointwise[chains:], 1, dilations[chains:])
         deep_y, deep_statistics = second.convolve(eps)
     else:
@@ -667,7 +771,7 @@ def backward(
     sums = statistics.new_empty(chains * channels), statistics.new_empty(chains * channels)
     own_gradient: Tensor | None = None
     of_scales = sums[1].view_as(scales)
-    of_deep: list[list[Tensor]] = [[], []]
+    of_deep: tuple[list[Tensor], list[Tensor]] = [], []
     if deep < chains:
         sum_gradient(gradient, y, statistics, sums, deep * channels, chains - deep)
     if deep:
@@ -676,18 +780,22 @@ def backward(
         of_scales = torch.cat([deep_sums[1].view(deep, -1), of_scales[deep:]])
         if of_x or of_weights:
             second = Level(inner, depthwise[chains:], pointwise[chains:], 1, dilations[chains:])
-            own_gradient, *of_deep = second.backward(
-                deep_y, deep_statistics, deep_sums, gradient, None, scales[:deep], True, of_weights
-            )
+            of_y = denormalize(gradient, None, scales[:deep], deep_y, deep_statistics, deep_sums)
+            own_gradient = second.gradient_of_input(of_y)
+            if of_weights:
+                of_deep = second.gradients_of_weights(of_y)
             sum_gradient(own_gradient, y, statistics, sums)
     if not (of_x or of_weights):
         return [x.new_empty(0), of_scales]
-    first = Level(x, depthwise[:chains], pointwise[:chains], stride, dilations[:chains])
+    first = Level(x.relu(), depthwise[:chains], pointwise[:chains], stride, dilations[:chains])
     scale = scales[deep:] if deep < chains else None
-    of_input, of_depthwise, of_pointwise = first.backward(
-        y, statistics, sums, gradient, own_gradient, scale, of_x, of_weights
-    )
-    return [of_input, of_scales, *of_depthwise, *of_deep[0], *of_pointwise, *of_deep[1]]
+    of_y = denormalize(gradient, own_gradient, scale, y, statistics, sums)
+    of_input = first.gradient_of_input(of_y) if of_x else x.new_empty(0)
+    of_first: tuple[list[Tensor], list[Tensor]] = [], []
+    if of_weights:
+        of_first = first.gradients_of_weights(of_y)
+    of_both = (level for weights in zip(of_first, of_deep, strict=True) for level in weights)
+    return [of_input, of_scales, *itertools.chain(*of_both)]
 
 
 def _channels_last(tensor: Tensor) -> Tensor:

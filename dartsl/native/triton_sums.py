@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_BLOCKS = 1056  # of a kernel that adds over pixels: 8 for each multiprocessor of a Hopper GPU
+MULTIPROCESSORS = 132  # of a Hopper GPU
+MAX_BLOCKS = 8 * MULTIPROCESSORS  # of a kernel that adds over pixels
 
 
 @triton.jit
