@@ -6,6 +6,7 @@ Submodules sit under `op`, as in the official code, so that checkpoints translat
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,10 +102,31 @@ def even_and_odd_pixels(x: Tensor) -> tuple[Tensor, Tensor]:
     height, width = x.shape[2:]
     if height % 2 or width % 2:
         x = F.pad(x, (0, width % 2, 0, height % 2))
-    # [B, H / 2, 2, W / 2, 2, C]: unlike those of slices, gradients stay in channels_last.
-    pairs = x.movedim(1, -1).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
-    even, odd = (pairs[:, :, place, :, place].movedim(-1, 1) for place in (0, 1))
-    return even, odd
+    return EvenAndOddPixels.apply(x)
+
+
+class EvenAndOddPixels(torch.autograd.Function):
+    """Of an even number of rows and columns.
+
+    PyTorch's gradient of a slice is a map of zeros, with the slice; this is one map for both, and
+    in channels_last.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, C, H, W] -> [B, C, H / 2, W / 2], two of them."""
+        ctx.shape = x.shape
+        return x[:, :, ::2, ::2], x[:, :, 1::2, 1::2]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        """The gradient of x."""
+        even, odd = gradients
+        images, channels, height, width = ctx.shape
+        gradient = even.new_zeros(images, height, width, channels).movedim(-1, 1)
+        gradient[:, :, ::2, ::2] = even
+        gradient[:, :, 1::2, 1::2] = odd
+        return gradient
 
 
 class SeparableChain(nn.Sequential):

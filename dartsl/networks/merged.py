@@ -230,12 +230,12 @@ class MergedReduce(nn.Module):
     def forward(self, source: Source, weights: Tensor, addend: Tensor | None = None) -> Tensor:
         """Weighted outputs [B, k C, H', W']; weights [k C]."""
         even, odd = even_and_odd_pixels(source.rectified)
-        branches = [self.conv_1(even), self.conv_2(odd)]
         # Each edge's channels are together: the first edge's two halves come first.
-        halves = zip(*(branch.chunk(self.num_edges, dim=1) for branch in branches), strict=True)
-        return self.bn(
-            torch.cat([half for pair in halves for half in pair], dim=1), weights, addend
-        )
+        halves = [
+            half.movedim(1, -1).unflatten(-1, (self.num_edges, -1))
+            for half in (self.conv_1(even), self.conv_2(odd))
+        ]
+        return self.bn(torch.cat(halves, dim=-1).flatten(-2).movedim(-1, 1), weights, addend)
 
 
 class NormalizedPool(nn.Sequential):

@@ -87,8 +87,10 @@ class MixedOperation(nn.Module):
         if others:
             merged = self._merged_sum(x, others, [weights_of[op] for op in others], merged)
         if merged is not None:
-            # Chunks, not one sum over all edges: their gradients come back in channels_last.
-            terms.append(merged.chunk(self.num_edges, dim=1))
+            # Parts of what lies beside each other: their gradients come back in channels_last, as
+            # the next operation wants them, even from a compiler.
+            parts = merged.movedim(1, -1).chunk(self.num_edges, dim=-1)
+            terms.append([part.movedim(-1, 1) for part in parts])
         return [_sum(of_edge) for of_edge in zip(*terms, strict=True)]
 
     def _merged_sum(
