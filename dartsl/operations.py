@@ -226,4 +226,4 @@ def drop_path(x: Tensor, drop_prob: float | Tensor) -> Tensor:
     """
     keep = 1.0 - drop_prob
     mask = torch.empty(x.shape[0], 1, 1, 1, dtype=x.dtype, device=x.device).bernoulli_(keep)
-    return x / keep * mask
+    return x * (mask / keep)

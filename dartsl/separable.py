@@ -305,8 +305,8 @@ class SeparableSum(torch.autograd.Function):
         if gradient is None:
             return (None,) * len(ctx.needs_input_grad)
         x, scales, *rest = ctx.saved_tensors
-        weights, kept = rest[:-5], rest[-5:]
-        half = len(weights) // 2
+        number = len(ctx.needs_input_grad) - 4
+        weights, kept, half = rest[:number], rest[number:], number // 2
         x_wanted, scales_wanted, addend_wanted, _, *weights_wanted = ctx.needs_input_grad
         wanted = [x_wanted, scales_wanted, *weights_wanted]
         found: Sequence[Tensor | None]

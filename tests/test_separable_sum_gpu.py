@@ -112,6 +112,25 @@ def test_a_second_time_and_in_other_layouts_it_gives_the_same_bits(monkeypatch) 
             assert torch.equal(actual, other)
 
 
+@pytest.mark.parametrize("case", SUMS, ids=str)
+def test_what_comes_is_as_it_is_declared(case) -> None:
+    """For compilers, which do not run the operations to know."""
+    x, scales, weights, options, _ = sum_inputs(case, torch.float16)
+    half = len(weights) // 2
+    x, scales, weights = x.to(DEVICE), scales.to(DEVICE), [w.to(DEVICE) for w in weights]
+    expected = everything(x, scales, weights, options)
+    with FakeTensorMode() as mode:
+        x, scales, *weights = (mode.from_tensor(tensor) for tensor in (x, scales, *weights))
+        both = weights[:half], weights[half:]
+        output, *kept = torch.ops.dartsl.separable_sum(x, scales, None, *both, *options)
+        found = torch.ops.dartsl.separable_sum_backward(
+            output, x, scales, *both, kept, *options[:3], (True, True)
+        )
+    for declared, tensor in zip([output, *kept, *found], expected, strict=True):
+        assert (declared.shape, declared.dtype) == (tensor.shape, tensor.dtype)
+        assert declared.stride() == tensor.stride() or tensor.numel() == 0
+
+
 def test_nan_is_not_rectified_away() -> None:
     x, scales, weights, options, _ = sum_inputs(SUMS[4], torch.float32)
     x[0, 3, 2, 2] = torch.nan

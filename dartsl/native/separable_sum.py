@@ -46,6 +46,10 @@ def _fake_forward(
         shape = len(x), channels, *size
         return x.new_empty(shape).contiguous(memory_format=torch.channels_last)
 
+    def matrices(depthwise: Sequence[Tensor]) -> Tensor:
+        taps = sum(weight.shape[-1] ** 2 for weight in depthwise)
+        return x.new_empty(taps * x.shape[1], channels)
+
     return [
         new_map(channels),
         new_map(chains * channels),
@@ -53,6 +57,9 @@ def _fake_forward(
         new_map(deep * channels),
         new_map(deep * channels),
         scales.new_empty(3, deep * channels),
+        torch.empty_like(x, memory_format=torch.channels_last),
+        matrices(depthwise[:chains]),
+        matrices(depthwise[chains:]),
     ]
 
 

@@ -4,22 +4,24 @@ Shapes: B images, H x W pixels of x, H' x W' of the output, N output pixels B H'
 groups of I inputs and O outputs. All maps are in channels_last, in single or half precision;
 weights, statistics and sums are in single precision.
 
-A GPU waits for kernels to begin, and for all that is not a product of matrices: a pass through
-PyTorch's modules launches twelve thousand kernels, and of what a depthwise convolution reads it
-multiplies every number once. Here a kernel computes all branches of a level at once, and a separable
-convolution, which is linear, as one convolution whose kernel is the product of its two,
+A GPU waits for kernels to begin: a pass through PyTorch's modules launches twelve thousand, as
+cuDNN computes a pointwise convolution in groups one group at a time. Here a kernel computes all
+branches of a level at once: convolutions of equal sizes beside each other, each with weights, a
+kernel size and a dilation of its own.
 
-    W[(tap, i), o] = depthwise[i, tap] pointwise[o, i],
+And it waits for all that is not a product of matrices. A depthwise and a pointwise convolution,
+both linear, are one convolution, whose kernel is the product of theirs:
 
-by which every pixel's inputs around it, a row of K^2 I numbers, are multiplied on tensor cores. That
-are O times the multiplications, in less time; nothing between the two convolutions is kept, and
-their gradients are sums over those of W. Nor is a normalized map kept that is only summed.
+    W[(tap, i), o] = depthwise[i, tap] pointwise[o, i].
+
+It takes O times the multiplications, on tensor cores, where they take less time than the depthwise
+convolution alone elsewhere. What would be between the two is never computed, and the gradients of
+both weights are sums over that of W. Nor is a normalized map kept that is only summed.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import triton
@@ -42,8 +44,8 @@ MAX_BRANCHES = 4
 # Numbers that no kernel is compiled anew for.
 SIZES = [
     "pixels", "tiles", "groups", "members", "blocks", "split", "summed", "programs", "sources",
-    "units", "rows", "channels", "all_channels", "begin", "size_0", "size_1", "size_2", "size_3",
-    "dilation_0", "dilation_1", "dilation_2", "dilation_3",
+    "units", "rows", "channels", "all_channels", "first_channels", "second_channels", "begin",
+    "size_0", "size_1", "size_2", "size_3", "dilation_0", "dilation_1", "dilation_2", "dilation_3",
 ]  # fmt: skip
 
 
@@ -251,19 +253,24 @@ def _sum_maps(
 
 @triton.jit(do_not_specialize=SIZES)
 def _sum_gradient(
-    gradient, y, statistics, partial, counter, sums, products,
-    pixels, tiles, channels, all_channels, begin,
+    gradient, first, first_statistics, second, second_statistics, partial, counter, sums, products,
+    pixels, tiles, channels, first_channels, second_channels, begin, split,
     UNIT: tl.constexpr, P: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The sums over all pixels of g [N, C'] and of g (y - mean) / sqrt(var + eps).
+    """The sums over all pixels of g [N, C'], and of g times a normalized map, for every map.
 
-    Program m along the third axis does so for the C' channels of y from `begin` + m C' on.
+    Program m along the third axis does so for map m of the first, which has `split` of them, or of
+    the second from channel `begin` on.
     """
     program, block, which = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    channels, all_channels, begin = channels * UNIT, all_channels * UNIT, begin * UNIT
+    channels, begin = channels * UNIT, begin * UNIT
     c = block * C + tl.arange(0, C)
     ok = c < channels
-    at = begin + which * channels + c
+    y, statistics, all_channels = second, second_statistics, second_channels * UNIT
+    at = begin + (which - split) * channels + c
+    if which < split:
+        y, statistics, all_channels = first, first_statistics, first_channels * UNIT
+        at = which * channels + c
     mean = tl.load(statistics + at, mask=ok, other=0.0)
     # By place in a tile, so that nothing waits for other pixels before the end.
     totals = tl.zeros([P, C], tl.float32)
@@ -291,39 +298,39 @@ def _sum_gradient(
             total += tl.sum(of_g, 0)
             product += tl.sum(of_both, 0)
         inverse = tl.load(statistics + all_channels + at, mask=ok, other=0.0)
-        tl.store(sums + at, total, mask=ok)
-        tl.store(products + at, product * inverse, mask=ok)
+        tl.store(sums + where, total, mask=ok)
+        tl.store(products + where, product * inverse, mask=ok)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _denormalize(
-    gradient, own_gradient, scales, y, statistics, sums, products, output,
+    gradient, sums, products, own_gradient, own_sums, own_products, scales, y, statistics, output,
     pixels, channels, split,
-    SCALED: tl.constexpr, UNIT: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
+    UNIT: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The gradient of y [N, M C'] by those of its M normalized maps.
 
     The first `split` maps have a gradient of their own each; those after them share theirs
-    [N, C'], as they are scaled and summed. Program m along the third axis takes map m.
+    [N, C'], as they are scaled and summed. The sums are those of `_sum_gradient`, for all maps that
+    share theirs `sums` and `products`. Program m along the third axis takes map m.
     """
     channels *= UNIT
     which, all_channels = tl.program_id(2), tl.num_programs(2) * channels
-    source, row, begin = gradient, channels, 0
-    if which < split:
-        source, row, begin = own_gradient, split * channels, which * channels
     p = tl.program_id(0) * P + tl.arange(0, P)
     c = tl.program_id(1) * C + tl.arange(0, C)
     at, ok = which * channels + c, c < channels
+    source, row, in_row = gradient, channels, c
+    if which < split:
+        source, row, in_row = own_gradient, split * channels, at
+        sums, products = own_sums, own_products
     mask = (p < pixels)[:, None] & ok[None, :]
     mean = tl.load(statistics + at, mask=ok, other=0.0)
     inverse = tl.load(statistics + all_channels + at, mask=ok, other=0.0)
     of_mean = tl.load(sums + at, mask=ok, other=0.0) / pixels
     slope = tl.load(products + at, mask=ok, other=0.0) * inverse / pixels
     factor = inverse
-    if SCALED:
-        behind = at - split * channels
-        factor *= tl.load(scales + behind, mask=ok & (behind >= 0), other=1.0)
-    g = tl.load(source + p[:, None] * row + (begin + c)[None, :], mask=mask, other=0.0)
+    factor *= tl.load(scales + at, mask=ok & (which >= split), other=1.0)
+    g = tl.load(source + p[:, None] * row + in_row[None, :], mask=mask, other=0.0)
     where = p[:, None] * all_channels + at[None, :]
     around = tl.load(y + where, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
     g = (g.to(tl.float32) - of_mean[None, :] - around * slope[None, :]) * factor[None, :]
@@ -463,6 +470,7 @@ class Level:
         pointwise: the same, [G O, I, 1, 1].
         stride: 1 or 2.
         dilations: of every branch.
+        matrices: W of the branches, one below the other, in the type of x; made unless given.
     """
 
     wide_block, block = 128, 64  # pixels, or numbers of a row of W
@@ -476,6 +484,7 @@ class Level:
         pointwise: Sequence[Tensor],
         stride: int,
         dilations: Sequence[int],
+        matrices: Tensor | None = None,
     ) -> None:
         self.x, self.stride = x, stride
         self.depthwise = [tensor.contiguous() for tensor in depthwise]
@@ -504,10 +513,9 @@ class Level:
             # Three products of numbers of 11 bits each: as exact as single precision, in its time.
             "PRECISION": "tf32x3",
         }
-        self.matrices = self.compose()
+        self.matrices = self._compose() if matrices is None else matrices
 
-    def compose(self) -> Tensor:
-        """The branches' W, one below the other, in the type of x."""
+    def _compose(self) -> Tensor:
         matrices = self.x.new_empty(self.rows, self.groups * self.outputs)
         grid = (
             triton.cdiv(self.taps * self.inputs, 32),
@@ -614,36 +622,37 @@ class Level:
         return block, triton.cdiv(outputs, block)
 
 
+Normalized = tuple[Tensor, Tensor]  # a map before it is, [B, C, H', W'], and statistics [3, C]
+Sums = tuple[Tensor, Tensor]
+
+
 def sum_gradient(
-    gradient: Tensor,
-    y: Tensor,
-    statistics: Tensor,
-    sums: tuple[Tensor, Tensor],
-    begin: int = 0,
-    maps: int = 1,
-) -> None:
-    """Fill in the sums over all pixels of g and of g times the normalized y.
+    gradient: Tensor, maps: int, second: Normalized, begin: int = 0, first: Normalized | None = None
+) -> Sums:
+    """The sums over all pixels of g and of g times normalized maps, both [maps C].
 
     Args:
         gradient: g, [B, C, H', W'].
-        y: [B, C', H', W'].
-        statistics: its, [3, C'].
-        sums: both [C'], of which the channels from `begin` on are filled, C for each map.
-        begin: see there.
-        maps: that have the same gradient.
+        maps: that have it, C channels each.
+        second: holds them,
+        begin: from this channel on,
+        first: behind the ones that this consists of.
     """
     channels = gradient.shape[1]
+    first, split = (second, 0) if first is None else (first, first[0].shape[1] // channels)
+    sums = tuple(second[1].new_empty(maps * channels) for _ in range(2))
     block = min(64, triton.next_power_of_2(channels))
     blocks, rows = triton.cdiv(channels, block), 2048 // block
-    pixels = y.numel() // y.shape[1]
+    pixels = gradient.numel() // channels
     programs, tiles = share(pixels, rows, blocks * maps)
-    unit = _unit(channels, y.shape[1], begin)
+    widths = channels, first[0].shape[1], second[0].shape[1], begin
+    unit = _unit(*widths)
     _sum_gradient[programs, blocks, maps](
-        gradient, y, statistics, room(y, programs * 2 * maps * channels), counters(y.device),
-        *sums, pixels, tiles, channels // unit, y.shape[1] // unit, begin // unit,
-        UNIT=unit, P=rows, C=block,
-        ROWS=1024 // block,
+        gradient, *first, *second, room(gradient, programs * 2 * maps * channels),
+        counters(gradient.device), *sums, pixels, tiles,
+        *(width // unit for width in widths), split, UNIT=unit, P=rows, C=block, ROWS=1024 // block,
     )  # fmt: skip
+    return cast(Sums, sums)
 
 
 def rectify(y: Tensor, statistics: Tensor, output: Tensor) -> None:
@@ -658,30 +667,30 @@ def rectify(y: Tensor, statistics: Tensor, output: Tensor) -> None:
 
 def denormalize(
     gradient: Tensor,
-    own_gradient: Tensor | None,
-    scales: Tensor | None,
-    y: Tensor,
-    statistics: Tensor,
-    sums: tuple[Tensor, Tensor],
+    sums: Sums,
+    scales: Tensor,
+    normalized: Normalized,
+    own_gradient: Tensor | None = None,
+    own_sums: Sums | None = None,
 ) -> Tensor:
-    """The gradient of y by those of its normalized maps.
+    """The gradient of what M maps were normalized from, [B, M C, H', W'].
 
     Args:
         gradient: [B, C, H', W'], of what maps are scaled and summed to.
-        own_gradient: of the first maps, which are not.
-        scales: of the maps that are, one after the other, C each; None for 1.
-        y: [B, M C, H', W'].
-        statistics: its, [3, M C].
         sums: of `sum_gradient`, for all maps.
+        scales: [M C].
+        normalized: the maps.
+        own_gradient: of the first maps, which are neither scaled nor summed, [B, M' C, H', W'].
+        own_sums: the same for it.
     """
-    channels = gradient.shape[1]
+    channels, y = gradient.shape[1], normalized[0]
     output = torch.empty_like(y)
     pixels, grid, blocks = _tiles(gradient)
     split = 0 if own_gradient is None else own_gradient.shape[1] // channels
     unit = _unit(channels)
     _denormalize[(*grid, y.shape[1] // channels)](
-        gradient, gradient if own_gradient is None else own_gradient, scales, y, statistics, *sums,
-        output, pixels, channels // unit, split, SCALED=scales is not None, UNIT=unit, **blocks,
+        gradient, *sums, gradient if own_gradient is None else own_gradient, *(own_sums or sums),
+        scales, *normalized, output, pixels, channels // unit, split, UNIT=unit, **blocks,
     )  # fmt: skip
     return output
 
@@ -712,7 +721,8 @@ def forward(
 
     Returns:
         The sum; y [B, T G C, H', W'] of the first convolutions and its statistics [3, T G C]; the
-        rectified maps of the deep chains, [B, deep G C, H', W'], their y and its statistics.
+        rectified maps of the deep chains, [B, deep G C, H', W'], their y and its statistics;
+        rectified x and the matrices of both levels.
     """
     chains, channels = scales.shape
     x, addend = _channels_last(x), None if addend is None else _channels_last(addend)
@@ -720,13 +730,14 @@ def forward(
     first = Level(x.relu(), depthwise[:chains], pointwise[:chains], stride, dilations[:chains])
     y, statistics = first.convolve(eps)
     inner = first.new_map(deep * channels)
-    deep_y, deep_statistics = inner, statistics[:, :0].contiguous()
     if deep:
         rectify(y, statistics, inner)
         second = Level(inner, depthwise[chains:], pointwise[chains:], 1, dilations[chains:])
         deep_y, deep_statistics = second.convolve(eps)
+        deep_matrices = second.matrices
     else:
-        deep_y = first.new_map(0)
+        deep_y, deep_statistics = first.new_map(0), statistics.new_empty(3, 0)
+        deep_matrices = first.matrices.new_empty(0, channels)
     output = first.new_map(channels)
     pixels, grid, blocks = _tiles(output)
     unit = _unit(channels)
@@ -735,7 +746,8 @@ def forward(
         pixels, channels // unit, FIRST=deep, BEHIND=deep, SECOND=chains - deep,
         ADDED=addend is not None, UNIT=unit, **blocks,
     )  # fmt: skip
-    return [output, y, statistics, inner, deep_y, deep_statistics]
+    levels = first.x, first.matrices, deep_matrices
+    return [output, y, statistics, inner, deep_y, deep_statistics, *levels]
 
 
 def backward(
@@ -764,38 +776,39 @@ def backward(
         stride: see there.
         wanted: those of x and of the weights.
     """
-    y, statistics, inner, deep_y, deep_statistics = kept
+    y, statistics, inner, deep_y, deep_statistics, rectified, matrices, deep_matrices = kept
     of_x, of_weights = wanted
     chains, channels = scales.shape
-    x, gradient, scales = _channels_last(x), _channels_last(gradient), scales.contiguous()
-    sums = statistics.new_empty(chains * channels), statistics.new_empty(chains * channels)
-    own_gradient: Tensor | None = None
+    gradient, scales = _channels_last(gradient), scales.contiguous()
+    # Of the deep chains' second maps, and of the other chains' only ones.
+    sums = sum_gradient(
+        gradient, chains, (y, statistics), deep * channels, (deep_y, deep_statistics)
+    )
     of_scales = sums[1].view_as(scales)
-    of_deep: tuple[list[Tensor], list[Tensor]] = [], []
-    if deep < chains:
-        sum_gradient(gradient, y, statistics, sums, deep * channels, chains - deep)
-    if deep:
-        deep_sums = sums[0].new_empty(deep * channels), sums[0].new_empty(deep * channels)
-        sum_gradient(gradient, deep_y, deep_statistics, deep_sums, maps=deep)
-        of_scales = torch.cat([deep_sums[1].view(deep, -1), of_scales[deep:]])
-        if of_x or of_weights:
-            second = Level(inner, depthwise[chains:], pointwise[chains:], 1, dilations[chains:])
-            of_y = denormalize(gradient, None, scales[:deep], deep_y, deep_statistics, deep_sums)
-            own_gradient = second.gradient_of_input(of_y)
-            if of_weights:
-                of_deep = second.gradients_of_weights(of_y)
-            sum_gradient(own_gradient, y, statistics, sums)
     if not (of_x or of_weights):
         return [x.new_empty(0), of_scales]
-    first = Level(x.relu(), depthwise[:chains], pointwise[:chains], stride, dilations[:chains])
-    scale = scales[deep:] if deep < chains else None
-    of_y = denormalize(gradient, own_gradient, scale, y, statistics, sums)
+    own_gradient, own_sums = None, None
+    of_deep: tuple[list[Tensor], list[Tensor]] = [], []
+    if deep:
+        second = Level(
+            inner, depthwise[chains:], pointwise[chains:], 1, dilations[chains:], deep_matrices
+        )
+        of_y = denormalize(gradient, sums, scales, (deep_y, deep_statistics))
+        own_gradient = second.gradient_of_input(of_y)
+        own_sums = sum_gradient(own_gradient, 1, (y, statistics))
+        if of_weights:
+            of_deep = second.gradients_of_weights(of_y)
+    first = Level(
+        rectified, depthwise[:chains], pointwise[:chains], stride, dilations[:chains], matrices
+    )
+    of_y = denormalize(gradient, sums, scales, (y, statistics), own_gradient, own_sums)
     of_input = first.gradient_of_input(of_y) if of_x else x.new_empty(0)
     of_first: tuple[list[Tensor], list[Tensor]] = [], []
     if of_weights:
         of_first = first.gradients_of_weights(of_y)
-    of_both = (level for weights in zip(of_first, of_deep, strict=True) for level in weights)
-    return [of_input, of_scales, *itertools.chain(*of_both)]
+    (of_depthwise, of_pointwise), (of_deep_depthwise, of_deep_pointwise) = of_first, of_deep
+    of_both = *of_depthwise, *of_deep_depthwise, *of_pointwise, *of_deep_pointwise
+    return [of_input, of_scales, *of_both]
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
