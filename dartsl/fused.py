@@ -5,14 +5,17 @@ They are there twice: in C for a CPU, in Triton for a GPU.
 
 import functools
 import importlib.util
+import logging
 import os
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dartsl.native import build
+
+log = logging.getLogger(__name__)
 
 GPU_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_NUMBERS = 2**28  # of a map: those of all edges together are counted in 32 bits on a GPU
@@ -43,8 +46,22 @@ def precision(x: Tensor) -> Precision | None:
     return None
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
+def found_once(function: Callable[..., bool]) -> Callable[..., bool]:
+    """The function, called once for equal arguments; torch.compile takes the answer as a constant.
+
+    Of `functools.cache` alone it would not: it looks through the cache into the function.
+    """
+    cached = functools.cache(function)
+
+    @torch.compiler.assume_constant_result
+    @functools.wraps(function)
+    def constant(*arguments: Any) -> bool:
+        return cached(*arguments)
+
+    return constant
+
+
+@found_once
 def _has_triton(device: torch.device) -> bool:
     """Whether the kernels run on this GPU; loads them."""
     if os.environ.get("DARTSL_NATIVE") == "0" or importlib.util.find_spec("triton") is None:
@@ -55,6 +72,60 @@ def _has_triton(device: torch.device) -> bool:
     importlib.import_module("dartsl.native.separable_sum_gpu")
     importlib.import_module("dartsl.native.pools_gpu")
     return True
+
+
+def works(
+    name: str,
+    operation: Callable[..., Tensor],
+    formula: Callable[..., Tensor],
+    shapes: Sequence[tuple[int, ...]],
+    maps: torch.dtype,
+    device: torch.device,
+) -> bool:
+    """Whether a GPU's kernels find what a CPU does in double precision; the log says if not.
+
+    Kernels are compiled for this GPU by this version of Triton, which nobody may have tried.
+
+    Args:
+        name: of what they compute.
+        operation: by the kernels.
+        formula: the same, by PyTorch's functions.
+        shapes: of the inputs of both, a map and weights.
+        maps: type of the map.
+        device: that GPU.
+    """
+    tolerance = 1e-3 if maps == torch.float32 else 0.1
+
+    def results(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+        ends = [tensor.detach().requires_grad_() for tensor in inputs]
+        output = function(*ends)
+        gradient = torch.randn(output.shape, generator=draw.manual_seed(1)).to(output)
+        return [output.detach(), *torch.autograd.grad(output, ends, gradient)]
+
+    draw = torch.Generator().manual_seed(0)  # nobody else's random numbers
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cuda", enabled=False),
+            # Not those of a checkpoint, which wants to see the same again in the backward pass.
+            torch.autograd.graph.saved_tensors_hooks(lambda kept: kept, lambda kept: kept),
+        ):
+            x, *weights = (torch.randn(shape, generator=draw).to(device) for shape in shapes)
+            inputs = [x.to(maps), *weights]
+            found = results(operation, inputs)
+            expected = results(formula, [tensor.double().cpu() for tensor in inputs])
+        errors = [
+            float((one.cpu() - other).norm() / other.norm())
+            for one, other in zip(found, expected, strict=True)
+        ]
+        if all(error < tolerance for error in errors):  # none is NaN
+            return True
+        reason = "they are off by " + ", ".join(f"{error:.1e}" for error in errors)
+    except Exception as error:  # whatever a compiler or a driver raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    log.warning("The kernels for %s do not work on this GPU, PyTorch computes it: %s", name, reason)
+    return False
 
 
 def has_hooks(module: nn.Module) -> bool:

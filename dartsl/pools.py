@@ -14,8 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dartsl.fused import differentiable_gradients, has_hooks
+from dartsl.fused import (
+    differentiable_gradients,
+    found_once,
+    has_hooks,
+    precision,
+    works,
+)
 from dartsl.native.pools import AVERAGE, IDENTITY, MAXIMUM
+
+TRIAL = 32, 16, 32, 32  # images, channels, height, width
 
 
 class AvgPool2d(nn.AvgPool2d):
@@ -67,6 +75,26 @@ def kind_of(operation: nn.Module) -> int | None:
 def _is_3x3(pool: nn.MaxPool2d | nn.AvgPool2d) -> bool:
     shape = pool.kernel_size, pool.padding, pool.ceil_mode
     return shape == (3, 1, False) and pool.stride in (1, 2)
+
+
+def weighs_pools(x: Tensor) -> bool:
+    """Whether `WeightedPools` computes where x is."""
+    types = precision(x)
+    return types is not None and (not x.is_cuda or _weighs_well(x.device, types.maps))
+
+
+@found_once
+def _weighs_well(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether it has done so on this GPU, in the shapes of the paper's first cells."""
+    kinds, eps = (IDENTITY, MAXIMUM, AVERAGE), 1e-5
+    return works(
+        "pools",
+        lambda x, weights: WeightedPools.apply(x, weights, kinds, 1, eps)[0],
+        lambda x, weights: _formula(x, weights, [1, 1, 1], 1, eps),
+        [TRIAL, (2, len(kinds))],
+        dtype,
+        device,
+    )
 
 
 class WeightedPools(torch.autograd.Function):

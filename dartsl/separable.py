@@ -7,6 +7,7 @@ BatchNorm and ReLU pass over their maps many times; `dartsl.native` passes over 
 keeps half as many. The function is the same, and where it cannot be used the modules compute it.
 """
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -18,11 +19,19 @@ from torch import Tensor, nn
 
 from dartsl.batch_norm import follow
 from dartsl.depthwise import DepthwiseConv2d, depthwise_conv2d
-from dartsl.fused import Precision, differentiable_gradients, has_hooks, precision
+from dartsl.fused import (
+    Precision,
+    differentiable_gradients,
+    found_once,
+    has_hooks,
+    precision,
+    works,
+)
 from dartsl.native import separable_sum  # noqa: F401, the operation
 from dartsl.native.separable import KERNELS
 
 MAX_CHAINS = 4  # that are summed at once
+TRIAL = 32, 16, 32  # images, channels, their height and width
 
 
 class Unit(NamedTuple):
@@ -205,7 +214,27 @@ def normalized_separable(
 
 def sums_chains(x: Tensor) -> bool:
     """Whether there is an operation that sums chains where x is: on a GPU."""
-    return x.is_cuda
+    types = precision(x) if x.is_cuda else None
+    return types is not None and _sums_well(x.device, types.maps)
+
+
+@found_once
+def _sums_well(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether it has done so in this place, in the shapes of the paper's first cells."""
+    images, channels, size = TRIAL
+    groups, kernels, dilations, deep = 2 * channels, (3, 5, 3, 5, 3, 5), (1, 1, 2, 2, 1, 1), 2
+    options = dilations, deep, 1, 1e-5
+    shapes: list[tuple[int, ...]] = [(images, channels, size, size), (len(kernels) - deep, groups)]
+    shapes += [(groups, 1, kernel, kernel) for kernel in kernels]
+    shapes += [(groups, channels, 1, 1)] * len(kernels)
+    return works(
+        "separable convolutions",
+        lambda x, scales, *weights: SeparableSum.apply(x, scales, None, options, *weights)[0],
+        functools.partial(_formula_of_sum, options=options),
+        shapes,
+        dtype,
+        device,
+    )
 
 
 def can_sum(

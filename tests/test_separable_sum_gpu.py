@@ -176,6 +176,50 @@ def here(monkeypatch) -> None:
     monkeypatch.setattr(torch.ops.dartsl, "separable_sum_backward", gpu.backward)
 
 
+@pytest.fixture
+def trial(here, monkeypatch):
+    """The trial before first use, of small maps."""
+    monkeypatch.setattr(separable, "TRIAL", (2, 16, 5))
+    return lambda: separable._sums_well.__wrapped__(torch.device(DEVICE), torch.float32)
+
+
+def test_kernels_are_tried_before_they_are_used(trial, caplog) -> None:
+    state = torch.get_rng_state()
+
+    def seen(tensor: Tensor) -> None:
+        raise AssertionError("a checkpoint has seen what it will not see again")
+
+    with torch.inference_mode(), torch.autograd.graph.saved_tensors_hooks(seen, seen):
+        assert trial()
+    assert not caplog.records
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("which", [0, 2, -1], ids=["sum", "statistics", "gradient"])
+def test_kernels_that_find_something_else_are_not_used(trial, which, monkeypatch, caplog) -> None:
+    name = "separable_sum_backward" if which == -1 else "separable_sum"
+    right = getattr(torch.ops.dartsl, name)
+
+    def wrong(*inputs):
+        found = right(*inputs)
+        found[which] *= 1.01
+        return found
+
+    monkeypatch.setattr(torch.ops.dartsl, name, wrong)
+    assert not trial()
+    (line,) = caplog.messages
+    assert "separable convolutions do not work on this GPU, PyTorch computes it: they are" in line
+
+
+def test_kernels_that_do_not_compile_are_not_used(trial, monkeypatch, caplog) -> None:
+    def fails(*inputs):
+        raise RuntimeError("out of resource: shared memory\nHardware limit: 1")
+
+    monkeypatch.setattr(torch.ops.dartsl, "separable_sum", fails)
+    assert not trial()
+    assert caplog.messages[0].endswith("PyTorch computes it: out of resource: shared memory")
+
+
 def test_summed_chains_are_the_chains_one_after_the_other(here) -> None:
     """The output, all gradients, second derivatives and running statistics."""
     torch.manual_seed(0)

@@ -30,7 +30,7 @@ from dartsl.operations import (
     Zero,
     even_and_odd_pixels,
 )
-from dartsl.pools import WeightedPools, kind_of
+from dartsl.pools import WeightedPools, kind_of, weighs_pools
 from dartsl.separable import (
     MAX_CHAINS,
     Unit,
@@ -278,6 +278,7 @@ def can_share(operations: Sequence[nn.Module], x: Tensor, weights: Sequence[Tens
     return (
         bool(pools)
         and types is not None
+        and weighs_pools(x)
         and None not in kinds
         and len(set(kinds)) == len(kinds)
         and len({_stride(operation) for operation in operations}) == 1
