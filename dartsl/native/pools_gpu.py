@@ -336,15 +336,16 @@ def forward(
     x, weights = x.contiguous(memory_format=torch.channels_last), weights.contiguous()
     identity, *kinds = maps
     channels, pixels = x.shape[1], output.numel() // output.shape[1]
-    block, columns = _blocks(channels)
-    programs, tiles = share(pixels, 64, columns)
+    block, columns, rows = _blocks(channels)
+    programs, tiles = share(pixels, rows, columns)
     _pool[programs, columns](
         x, y, room(x, programs * 2 * y.shape[1]), counters(x.device), statistics, eps,
-        pixels, *x.shape[2:], *y.shape[2:], stride, tiles, channels, *kinds, P=64, C=block, ROWS=64,
+        pixels, *x.shape[2:], *y.shape[2:], stride, tiles, channels, *kinds,
+        P=rows, C=block, ROWS=64,
     )  # fmt: skip
-    _weigh[triton.cdiv(pixels, 64), columns](
+    _weigh[triton.cdiv(pixels, rows), columns](
         x, y, statistics, weights, output, pixels, len(weights), channels,
-        identity, *kinds, P=64, C=block,
+        identity, *kinds, P=rows, C=block,
     )  # fmt: skip
     return made
 
@@ -366,12 +367,12 @@ def backward(
     weights = weights.contiguous()
     of_x, of_weights = wanted
     channels, edges, pixels = x.shape[1], len(weights), gradient.numel() // gradient.shape[1]
-    block, columns = _blocks(channels)
-    programs, tiles = share(pixels, 64, columns * edges)
+    block, columns, rows = _blocks(channels)
+    programs, tiles = share(pixels, rows, columns * edges)
     totals = room(x, 4 * edges * channels)
     _sum_edges[programs, columns, edges](
         gradient, x, y, statistics, room(x, programs * totals.numel()), counters(x.device), totals,
-        pixels, tiles, channels, *maps, P=64, C=block, ROWS=64,
+        pixels, tiles, channels, *maps, P=rows, C=block, ROWS=64,
     )  # fmt: skip
     found = [x.new_empty(0), weights.new_empty(0)]
     if of_weights:
@@ -383,23 +384,23 @@ def backward(
         of_maps = room(x, 3 * pixels * channels)
         first = torch.empty(pixels * channels, dtype=torch.int8, device=x.device)
         sizes = *x.shape[2:], *y.shape[2:], stride
-        _of_maps[triton.cdiv(pixels, 64), columns](
+        _of_maps[triton.cdiv(pixels, rows), columns](
             gradient, x, y, statistics, weights, totals, of_maps, first,
-            pixels, *sizes, edges, channels, *maps, P=64, C=block,
+            pixels, *sizes, edges, channels, *maps, P=rows, C=block,
         )  # fmt: skip
         height, width, *rest = sizes
         x_pixels = x.shape[0] * height * width
-        _gather[triton.cdiv(x_pixels, 64), columns](
+        _gather[triton.cdiv(x_pixels, rows), columns](
             of_maps, first, found[0], x_pixels, height, width, pixels, *rest,
-            channels, *maps, P=64, C=block,
+            channels, *maps, P=rows, C=block,
         )  # fmt: skip
     return found
 
 
-def _blocks(channels: int) -> tuple[int, int]:
-    """Channels that a program takes, and the number of programs that takes."""
+def _blocks(channels: int) -> tuple[int, int, int]:
+    """Channels that a program takes, the programs that takes, and pixels: what registers hold."""
     block = min(32, max(8, triton.next_power_of_2(channels)))
-    return block, triton.cdiv(channels, block)
+    return block, triton.cdiv(channels, block), 1024 // block
 
 
 torch.library.impl(pools.FORWARD, "CUDA", forward)
