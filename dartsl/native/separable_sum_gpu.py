@@ -629,14 +629,14 @@ Sums = tuple[Tensor, Tensor]
 def sum_gradient(
     gradient: Tensor, maps: int, second: Normalized, begin: int = 0, first: Normalized | None = None
 ) -> Sums:
-    """The sums over all pixels of g and of g times normalized maps, both [maps C].
+    """The sums over all pixels of g and of g times normalized maps, both [M C].
 
     Args:
         gradient: g, [B, C, H', W'].
-        maps: that have it, C channels each.
-        second: holds them,
-        begin: from this channel on,
-        first: behind the ones that this consists of.
+        maps: M, how many have it, of C channels each.
+        second: holds the last of them, from channel `begin` on.
+        begin: see there.
+        first: consists of those before them; None if there are no others.
     """
     channels = gradient.shape[1]
     first, split = (second, 0) if first is None else (first, first[0].shape[1] // channels)
