@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +27,12 @@ from dartsl.fused import (
     precision,
     works,
 )
-from dartsl.native import separable_sum  # noqa: F401, the operation
 from dartsl.native.separable import KERNELS
+from dartsl.native.separable_sum import MAX_CHAINS
 
-MAX_CHAINS = 4  # that are summed at once
-TRIAL = 32, 16, 32  # images, channels, their height and width
+# Images, channels, their height and width: what the largest programs take.
+TRIAL = 64, 64, 8
+Options = tuple[Sequence[int], int, int, float]  # dilations, deep, stride, eps
 
 
 class Unit(NamedTuple):
@@ -220,20 +221,26 @@ def sums_chains(x: Tensor) -> bool:
 
 @found_once
 def _sums_well(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether it has done so in this place, in the shapes of the paper's first cells."""
+    """Whether it has done so in this place, with the paper's chains, at full size and halved."""
     images, channels, size = TRIAL
-    groups, kernels, dilations, deep = 2 * channels, (3, 5, 3, 5, 3, 5), (1, 1, 2, 2, 1, 1), 2
-    options = dilations, deep, 1, 1e-5
-    shapes: list[tuple[int, ...]] = [(images, channels, size, size), (len(kernels) - deep, groups)]
-    shapes += [(groups, 1, kernel, kernel) for kernel in kernels]
-    shapes += [(groups, channels, 1, 1)] * len(kernels)
-    return works(
-        "separable convolutions",
-        lambda x, scales, *weights: SeparableSum.apply(x, scales, None, options, *weights)[0],
-        functools.partial(_formula_of_sum, options=options),
-        shapes,
-        dtype,
-        device,
+    outputs, kernels, dilations, deep = 3 * channels, (3, 5, 3, 5, 3, 5), (1, 1, 2, 2, 1, 1), 2
+    shapes: list[tuple[int, ...]] = [(images, channels, size, size), (len(kernels) - deep, outputs)]
+    shapes += [(outputs, 1, kernel, kernel) for kernel in kernels]
+    shapes += [(outputs, channels, 1, 1)] * len(kernels)
+
+    def operation(x: Tensor, scales: Tensor, *weights: Tensor, options: Options) -> Tensor:
+        return cast(Tensor, SeparableSum.apply(x, scales, None, options, *weights)[0])
+
+    return all(
+        works(
+            "separable convolutions",
+            functools.partial(operation, options=options),
+            functools.partial(_formula_of_sum, options=options),
+            shapes,
+            dtype,
+            device,
+        )
+        for options in ((dilations, deep, stride, 1e-5) for stride in (1, 2))
     )
 
 
@@ -248,12 +255,16 @@ def can_sum(
     units = [unit for chain in chains for unit in chain]
     return (
         0 < len(first) == len(chains) <= MAX_CHAINS
+        # Their maps stand beside each other, counted in 32 bits.
+        and len(first) * len(first[0].pointwise.weight) * x[:, 0].numel() < 2**31
         and all(len(chain) <= 2 for chain in chains)
         and x.shape[1] == first[0].pointwise.weight.shape[1]
         and all(unit.pointwise.weight.shape == first[0].pointwise.weight.shape for unit in units)
         and len(first[0].depthwise.weight) == len(first[0].pointwise.weight)
         and len({unit.depthwise.stride[0] for unit in first}) == 1
         and all(chain[-1].depthwise.stride[0] == 1 for chain in chains if len(chain) == 2)
+        # An `nn.BatchNorm2d` counts batches, which nobody would do.
+        and not any(isinstance(unit.norm, nn.BatchNorm2d) for unit in units)
         and all(unit.norm.weight is unit.norm.bias is None for unit in units)
         and len({unit.norm.eps for unit in units}) == 1
         and all(
@@ -312,7 +323,7 @@ class SeparableSum(torch.autograd.Function):
         x: Tensor,
         scales: Tensor,
         addend: Tensor | None,
-        options: tuple[Sequence[int], int, int, float],
+        options: Options,
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Output [B, G I, H', W'] and the statistics of the first and of the second units."""
@@ -434,7 +445,7 @@ def _formula_of_sum(
     x: Tensor,
     scales: Tensor,
     *weights: Tensor,
-    options: tuple[Sequence[int], int, int, float],
+    options: Options,
 ) -> Tensor:
     """`fused_sum` without addend and running statistics, by PyTorch's functions."""
     dilations, deep, stride, eps = options

@@ -79,6 +79,14 @@ def test_a_sum_of_chains_in_half_precision(dtype) -> None:
     assert_equal(SUMS[4], dtype)
 
 
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("case", SUMS[:2], ids=str)
+def test_where_programs_are_enough_each_sums_all_chains(case, dtype, monkeypatch) -> None:
+    """Otherwise each computes one chain's part of the gradient, of fewer pixels."""
+    monkeypatch.setattr(gpu, "MULTIPROCESSORS", 0)
+    assert_equal(case, dtype)
+
+
 @pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)])
 def test_a_sum_of_chains_whose_gradients_are_not_all_wanted(wanted) -> None:
     assert_equal(SUMS[4], torch.float32, wanted)
@@ -267,5 +275,10 @@ def test_which_chains_are_summed(here) -> None:
     assert not can_sum([single, chain((3,), 1, 2, 8)], x, rows[:2])
     assert not can_sum([single, double], x, [row.double() for row in rows[:2]])
     assert not can_sum([single, double], torch.randn(2, 8, 5, 5, device=DEVICE), rows[:2])
+    # More numbers than 32 bits count.
+    assert can_sum([single, double], x[:1, :, :1, :1].expand(2**11, -1, 2**7, 2**7), rows[:2])
+    assert not can_sum([single, double], x[:1, :, :1, :1].expand(2**13, -1, 2**7, 2**7), rows[:2])
+    counting = [single[0]._replace(norm=nn.BatchNorm2d(8, affine=False).to(DEVICE))]
+    assert not can_sum([counting, double], x, rows[:2])
     single[0].norm.eval()
     assert not can_sum([single, double], x, rows[:2])

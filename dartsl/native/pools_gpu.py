@@ -13,7 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from dartsl.native import pools
-from dartsl.native.triton_sums import counters, is_last, parts_of, room, share, tile_of
+from dartsl.native.triton_sums import (
+    counters,
+    is_last,
+    on_its_device,
+    parts_of,
+    room,
+    share,
+    tile_of,
+)
 
 # Numbers that no kernel is compiled anew for.
 SIZES = ["pixels", "height", "width", "out_height", "out_width", "step", "tiles", "edges"]
@@ -123,7 +131,7 @@ def _pool(
     if AVERAGE:
         tl.store(row + second, average_mean, mask=c < channels)
         tl.store(row + all_channels + second, average_squares, mask=c < channels)
-    if is_last(counter, block):
+    if is_last(counter, block, tl.num_programs(0)):
         ok = c < channels
         if MAXIMUM:
             _finish(partial, statistics, pixels, tiles * P, all_channels, c, ok, eps, C, ROWS)
@@ -210,7 +218,7 @@ def _sum_edges(
     tl.store(row + size + at, of_own, mask=ok)
     tl.store(row + 2 * size + at, of_highest, mask=ok)
     tl.store(row + 3 * size + at, of_average, mask=ok)
-    if is_last(counter, edge * tl.num_programs(1) + block):
+    if is_last(counter, edge * tl.num_programs(1) + block, tl.num_programs(0)):
         programs = tl.num_programs(0)
         for part in tl.static_range(4):
             total = tl.zeros([C], tl.float32)
@@ -403,5 +411,5 @@ def _blocks(channels: int) -> tuple[int, int, int]:
     return block, triton.cdiv(channels, block), 1024 // block
 
 
-torch.library.impl(pools.FORWARD, "CUDA", forward)
-torch.library.impl(pools.BACKWARD, "CUDA", backward)
+torch.library.impl(pools.FORWARD, "CUDA", on_its_device(forward))
+torch.library.impl(pools.BACKWARD, "CUDA", on_its_device(backward))

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dartsl.native.separable import Shape, flops
 
+MAX_CHAINS = 4
 FORWARD = "dartsl::separable_sum"
 torch.library.define(
     FORWARD,

@@ -1,8 +1,8 @@
 """`dartsl.native.separable_sum` on a GPU, in Triton.
 
 Shapes: B images, H x W pixels of x, H' x W' of the output, N output pixels B H' W', T branches of G
-groups of I inputs and O outputs. All maps are in channels_last, in single or half precision;
-weights, statistics and sums are in single precision.
+groups of I inputs and O outputs, both C here. All maps are in channels_last, in single or half
+precision; weights, statistics and sums are in single precision.
 
 A GPU waits for kernels to begin: a pass through PyTorch's modules launches twelve thousand, as
 cuDNN computes a pointwise convolution in groups one group at a time. Here a kernel computes all
@@ -16,7 +16,8 @@ both linear, are one convolution, whose kernel is the product of theirs:
 
 It takes O times the multiplications, on tensor cores, where they take less time than the depthwise
 convolution alone elsewhere. What would be between the two is never computed, and the gradients of
-both weights are sums over that of W. Nor is a normalized map kept that is only summed.
+both weights are sums over that of W. Nor is a normalized map kept that is only summed. (In float16
+W is one product, rounded, where two numbers were: what is below 6e-8 vanishes.)
 """
 
 import math
@@ -29,17 +30,17 @@ import triton.language as tl
 from torch import Tensor
 
 from dartsl.native import separable_sum
+from dartsl.native.separable_sum import MAX_CHAINS
 from dartsl.native.triton_sums import (
     MULTIPROCESSORS,
     counters,
     is_last,
+    on_its_device,
     parts_of,
     room,
     share,
     tile_of,
 )
-
-MAX_BRANCHES = 4
 
 # Numbers that no kernel is compiled anew for.
 SIZES = [
@@ -125,8 +126,8 @@ def _convolve(
 ):  # fmt: skip
     """Y [N, T G O], and [3, T G O]: its mean, 1 / sqrt(var + eps) and variance without bias.
 
-    A program takes `tiles` times P pixels, and one of the `blocks` of the outputs of a unit: of
-    `members` groups of a branch that read the same inputs, one of the `sources`.
+    A unit is `members` groups of a branch that read the same one of the `sources`. A program takes
+    `tiles` times P pixels, and one of the `blocks` of a unit's outputs.
     """
     program, place = tl.program_id(0), tl.program_id(1)
     unit, block = place // blocks, place % blocks
@@ -165,29 +166,30 @@ def _convolve(
         number = tl.sum(ok.to(tl.float32))
         of_tile = tl.sum(tl.where(ok[:, None], value, 0.0), 0) / tl.maximum(number, 1.0)
         around = tl.where(ok[:, None], value - of_tile[None, :], 0.0)
-        share = number / tl.maximum(count + number, 1.0)
-        squares += tl.sum(around * around, 0) + (of_tile - mean) * (of_tile - mean) * count * share
-        mean += (of_tile - mean) * share
+        part = number / tl.maximum(count + number, 1.0)
+        squares += tl.sum(around * around, 0) + (of_tile - mean) * (of_tile - mean) * count * part
+        mean += (of_tile - mean) * part
         count += number
     at = unit * members * O + o
     tl.store(partial + program * 2 * outputs + at, mean, mask=o_ok)
     tl.store(partial + (program * 2 + 1) * outputs + at, squares, mask=o_ok)
-    if is_last(counter, place):
+    if is_last(counter, place, tl.num_programs(0)):
         programs = tl.num_programs(0)
-        mean = tl.zeros([BO], tl.float32)
-        squares = tl.zeros([BO], tl.float32)
+        total = tl.zeros([ROWS, BO], tl.float32)
         for begin in range(0, programs, ROWS):
             means, _, counts = parts_of(
                 partial, begin, programs, outputs, at, pixels, tiles * P, o_ok, ROWS
             )
-            mean += tl.sum(means * counts, 0)
-        mean /= pixels
+            total += means * counts
+        mean = tl.sum(total, 0) / pixels
+        total = tl.zeros([ROWS, BO], tl.float32)
         for begin in range(0, programs, ROWS):
             means, sums, counts = parts_of(
                 partial, begin, programs, outputs, at, pixels, tiles * P, o_ok, ROWS
             )
             around = means - mean[None, :]
-            squares += tl.sum(sums + counts * around * around, 0)
+            total += sums + counts * around * around
+        squares = tl.sum(total, 0)
         tl.store(statistics + at, mean, mask=o_ok)
         tl.store(statistics + outputs + at, 1 / tl.sqrt(squares / pixels + eps), mask=o_ok)
         tl.store(statistics + 2 * outputs + at, squares / (pixels - 1), mask=o_ok)
@@ -222,15 +224,15 @@ def _rectify(
 def _sum_maps(
     first, first_statistics, second, second_statistics, scales, addend, output,
     pixels, channels,
-    FIRST: tl.constexpr, BEHIND: tl.constexpr, SECOND: tl.constexpr, ADDED: tl.constexpr,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, ADDED: tl.constexpr,
     UNIT: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The scaled sum [N, C'] of normalized maps.
 
-    They are the FIRST of one, and the SECOND of the other, which stand BEHIND so many there.
+    They are the FIRST of one, and the SECOND of the other, which stand behind so many there.
     """
     channels *= UNIT
-    first_channels, second_channels = FIRST * channels, (BEHIND + SECOND) * channels
+    first_channels, second_channels = FIRST * channels, (FIRST + SECOND) * channels
     p = tl.program_id(0) * P + tl.arange(0, P)
     c = tl.program_id(1) * C + tl.arange(0, C)
     ok = c < channels
@@ -244,10 +246,9 @@ def _sum_maps(
         value = _normalized(first, first_statistics, p, where, first_channels, mask, ok)
         total += value * tl.load(scales + where, mask=ok, other=0.0)[None, :]
     for m in tl.static_range(SECOND):
-        where = (BEHIND + m) * channels + c
+        where = (FIRST + m) * channels + c
         value = _normalized(second, second_statistics, p, where, second_channels, mask, ok)
-        scale = tl.load(scales + (FIRST + m) * channels + c, mask=ok, other=0.0)
-        total += value * scale[None, :]
+        total += value * tl.load(scales + where, mask=ok, other=0.0)[None, :]
     tl.store(output + at, total.to(output.dtype.element_ty), mask=mask)
 
 
@@ -287,19 +288,19 @@ def _sum_gradient(
     where = which * channels + c
     tl.store(partial + program * 2 * row + where, tl.sum(totals, 0), mask=ok)
     tl.store(partial + (program * 2 + 1) * row + where, tl.sum(products_of, 0), mask=ok)
-    if is_last(counter, which * tl.num_programs(1) + block):
+    if is_last(counter, which * tl.num_programs(1) + block, tl.num_programs(0)):
         programs = tl.num_programs(0)
-        total = tl.zeros([C], tl.float32)
-        product = tl.zeros([C], tl.float32)
+        total = tl.zeros([ROWS, C], tl.float32)
+        product = tl.zeros([ROWS, C], tl.float32)
         for start in range(0, programs, ROWS):
             of_g, of_both, _ = parts_of(
                 partial, start, programs, row, where, pixels, tiles * P, ok, ROWS
             )
-            total += tl.sum(of_g, 0)
-            product += tl.sum(of_both, 0)
+            total += of_g
+            product += of_both
         inverse = tl.load(statistics + all_channels + at, mask=ok, other=0.0)
-        tl.store(sums + where, total, mask=ok)
-        tl.store(products + where, product * inverse, mask=ok)
+        tl.store(sums + where, tl.sum(total, 0), mask=ok)
+        tl.store(products + where, tl.sum(product, 0) * inverse, mask=ok)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -392,13 +393,13 @@ def _decompose(
     groups = tl.num_programs(1)
     size = _of_branch(branch, size_0, size_1, size_2, size_3)
     first_row = _taps_before(branch, size_0, size_1, size_2) * I
-    tap, o, share = tl.arange(0, TAPS), tl.arange(0, BO), tl.arange(0, ROWS)
+    tap, o, part = tl.arange(0, TAPS), tl.arange(0, BO), tl.arange(0, ROWS)
     ok = (tap < size * size)[:, None] & (o < O)[None, :]
     within = (first_row + tap * I + i)[:, None] * (groups * O) + (group * O + o)[None, :]
     total = tl.zeros([TAPS, BO], tl.float32)
     for start in range(0, programs, ROWS):
-        at = (start + share)[:, None, None] * rows * (groups * O) + within[None, :, :]
-        mask = (start + share < programs)[:, None, None] & ok[None, :, :]
+        at = (start + part)[:, None, None] * rows * (groups * O) + within[None, :, :]
+        mask = (start + part < programs)[:, None, None] & ok[None, :, :]
         total += tl.sum(tl.load(partial + at, mask=mask, other=0.0), 0)
     depthwise = _of_branch(branch, depthwise_0, depthwise_1, depthwise_2, depthwise_3)
     pointwise = _of_branch(branch, pointwise_0, pointwise_1, pointwise_2, pointwise_3)
@@ -412,24 +413,36 @@ def _decompose(
     tl.store(pointwise + o_at, tl.sum(total * of_tap[:, None], 0), mask=o < O)
 
 
+@triton.jit
+def _store_rectified(x_gradient, x, at, value, mask):
+    """The gradient of what x was rectified from, by its own."""
+    value = tl.where(tl.load(x + at, mask=mask, other=0.0) <= 0, 0.0, value)
+    tl.store(x_gradient + at, value.to(x_gradient.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _gradient_of_input(
     gradient, matrices, size_0, size_1, size_2, size_3,
-    dilation_0, dilation_1, dilation_2, dilation_3, x, x_gradient,
+    dilation_0, dilation_1, dilation_2, dilation_3, x, partial, counter, x_gradient,
     pixels, groups, members, units, summed,
     H: tl.constexpr, W: tl.constexpr, STRIDE: tl.constexpr, I: tl.constexpr, O: tl.constexpr,
-    P: tl.constexpr, BK: tl.constexpr, BI: tl.constexpr, PRECISION: tl.constexpr,
+    P: tl.constexpr, BK: tl.constexpr, BI: tl.constexpr, APART: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of what x [B H W, S I] was rectified from, by that of Y.
 
-    It is the sum over the `summed` units of outputs that have read the same inputs.
+    It is the sum over the `summed` units of outputs that have read the same inputs; APART, a
+    program computes one unit's part, and the last of them adds them.
     """
     source, outputs = tl.program_id(2), units * members * O
+    begin_unit, end_unit = source, source + summed
+    if APART:
+        source, begin_unit, end_unit = 0, tl.program_id(2), tl.program_id(2) + 1
     p = tl.program_id(0) * P + tl.arange(0, P)
     i = tl.program_id(1) * BI + tl.arange(0, BI)
     ok, b, h, w = tile_of(p, pixels, H, W)
     total = tl.zeros([P, BI], tl.float32)
-    for unit in range(source, source + summed):
+    for unit in range(begin_unit, end_unit):
         branch, first_group = unit * members // groups, unit * members % groups
         size = _of_branch(branch, size_0, size_1, size_2, size_3)
         dilation = _of_branch(branch, dilation_0, dilation_1, dilation_2, dilation_3)
@@ -454,11 +467,20 @@ def _gradient_of_input(
             mask = (k < depth)[:, None] & (i < I)[None, :]
             weight = tl.load(matrices + at, mask=mask, other=0.0)
             total = tl.dot(g, weight, total, input_precision=PRECISION)
-    at = p[:, None] * (tl.num_programs(2) * I) + (source * I + i)[None, :]
     mask = ok[:, None] & (i < I)[None, :]
-    value = tl.load(x + at, mask=mask, other=0.0)
-    total = tl.where(value <= 0, 0.0, total)
-    tl.store(x_gradient + at, total.to(x_gradient.dtype.element_ty), mask=mask)
+    if APART:
+        at = p[:, None] * I + i[None, :]
+        tl.store(partial + begin_unit * pixels * I + at, total, mask=mask)
+        place = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        if is_last(counter, place, summed):
+            total = tl.zeros([P, BI], tl.float32)
+            for unit in range(summed):
+                where = partial + unit * pixels * I + at
+                total += tl.load(where, mask=mask, other=0.0, cache_modifier=".cg")
+            _store_rectified(x_gradient, x, at, total, mask)
+    else:
+        at = p[:, None] * (tl.num_programs(2) * I) + (source * I + i)[None, :]
+        _store_rectified(x_gradient, x, at, total, mask)
 
 
 class Level:
@@ -473,9 +495,9 @@ class Level:
         matrices: W of the branches, one below the other, in the type of x; made unless given.
     """
 
-    wide_block, block = 128, 64  # pixels, or numbers of a row of W
-    inner_bytes = 128  # of a row of the matrices that are multiplied
-    outer_block = 64  # outputs
+    wide_block, block = 128, 64  # rows of a product of matrices: pixels, or rows of W
+    inner_bytes = 128  # of what rows and columns are multiplied over: rows of W, or pixels
+    outer_block = 64  # columns: outputs
 
     def __init__(
         self,
@@ -486,7 +508,7 @@ class Level:
         dilations: Sequence[int],
         matrices: Tensor | None = None,
     ) -> None:
-        self.x, self.stride = x, stride
+        self.x = x
         self.depthwise = [tensor.contiguous() for tensor in depthwise]
         self.pointwise = [tensor.contiguous() for tensor in pointwise]
         self.branches = len(depthwise)
@@ -504,13 +526,13 @@ class Level:
         images, _, height, width = x.shape
         self.size = -(-height // stride), -(-width // stride)
         self.pixels = images * self.size[0] * self.size[1]
-        self.numbers = {
+        self.constants = {
             "H": height,
             "W": width,
             "STRIDE": stride,
             "I": self.inputs,
             "O": self.outputs,
-            # Three products of numbers of 11 bits each: as exact as single precision, in its time.
+            # In single precision: three products of its numbers' halves, of 11 bits each.
             "PRECISION": "tf32x3",
         }
         self.matrices = self._compose() if matrices is None else matrices
@@ -523,7 +545,7 @@ class Level:
             self.branches,
         )
         _compose[grid](
-            *_four(self.depthwise), *_four(self.pointwise), *self.shapes[:MAX_BRANCHES], matrices,
+            *_four(self.depthwise), *_four(self.pointwise), *self.shapes[:MAX_CHAINS], matrices,
             self.groups, self.inputs, self.outputs, BK=32, BO=64,
         )  # fmt: skip
         return matrices
@@ -540,7 +562,7 @@ class Level:
             self.x, self.matrices, *self.shapes, y, room(y, programs * 2 * channels),
             counters(y.device), statistics, eps,
             self.pixels, self.groups, self.members, blocks, self.sources, tiles,
-            P=pixels, BK=self.inner_block, BO=block, ROWS=max(1, 1024 // block), **self.numbers,
+            P=pixels, BK=self.inner_block, BO=block, ROWS=2048 // block, **self.constants,
         )  # fmt: skip
         return y, statistics
 
@@ -554,12 +576,16 @@ class Level:
         pixels = self.x.numel() // self.x.shape[1]
         block = min(self.outer_block, max(16, triton.next_power_of_2(self.inputs)))
         blocks = triton.cdiv(self.inputs, block)
-        pixels_block = self.pixels_of_a_program(pixels, blocks * self.sources)
-        grid = triton.cdiv(pixels, pixels_block), blocks, self.sources
+        rows = self.pixels_of_a_program(pixels, blocks * self.sources)
+        summed = self.units // self.sources
+        # Where few programs would compute all units, one after the other.
+        apart = summed > 1 and triton.cdiv(pixels, rows) * blocks < MULTIPROCESSORS
+        partial = room(output, summed * output.numel() if apart else 0)
+        grid = triton.cdiv(pixels, rows), blocks, summed if apart else self.sources
         _gradient_of_input[grid](
-            gradient, self.matrices, *self.shapes, self.x, output,
-            pixels, self.groups, self.members, self.units, self.units // self.sources,
-            P=pixels_block, BK=self.inner_block, BI=block, **self.numbers,
+            gradient, self.matrices, *self.shapes, self.x, partial, counters(output.device), output,
+            pixels, self.groups, self.members, self.units, summed,
+            P=rows, BK=self.inner_block, BI=block, APART=apart, **self.constants,
         )  # fmt: skip
         return output
 
@@ -578,14 +604,14 @@ class Level:
         _gradient_of_matrices[programs, lines, self.units * blocks](
             gradient, self.x, *self.shapes, partial,
             self.pixels, self.groups, self.members, blocks, self.sources, tiles, self.rows,
-            P=self.inner_block, BK=line, BO=block, **self.numbers,
+            P=self.inner_block, BK=line, BO=block, **self.constants,
         )  # fmt: skip
         of_depthwise = [torch.empty_like(weight) for weight in self.depthwise]
         of_pointwise = [torch.empty_like(weight) for weight in self.pointwise]
         taps, outer = triton.next_power_of_2(self.taps), triton.next_power_of_2(self.outputs)
         _decompose[self.inputs, self.groups, self.branches](
             partial, *_four(self.depthwise), *_four(self.pointwise), *_four(of_depthwise),
-            *_four(of_pointwise), *self.shapes[:MAX_BRANCHES], programs, self.rows,
+            *_four(of_pointwise), *self.shapes[:MAX_CHAINS], programs, self.rows,
             self.inputs, self.outputs, TAPS=taps, BO=outer, ROWS=max(1, 4096 // (taps * outer)),
         )  # fmt: skip
         return of_depthwise, of_pointwise
@@ -601,7 +627,7 @@ class Level:
 
     @property
     def inner_block(self) -> int:
-        """Numbers of a row of the matrices that are multiplied."""
+        """How many numbers a row and a column are multiplied over at once."""
         return self.inner_bytes // self.x.element_size()
 
     def pixels_of_a_program(self, pixels: int, columns: int) -> int:
@@ -650,7 +676,7 @@ def sum_gradient(
     _sum_gradient[programs, blocks, maps](
         gradient, *first, *second, room(gradient, programs * 2 * maps * channels),
         counters(gradient.device), *sums, pixels, tiles,
-        *(width // unit for width in widths), split, UNIT=unit, P=rows, C=block, ROWS=1024 // block,
+        *(width // unit for width in widths), split, UNIT=unit, P=rows, C=block, ROWS=2048 // block,
     )  # fmt: skip
     return cast(Sums, sums)
 
@@ -743,7 +769,7 @@ def forward(
     unit = _unit(channels)
     _sum_maps[grid](
         deep_y, deep_statistics, y, statistics, scales, addend, output,
-        pixels, channels // unit, FIRST=deep, BEHIND=deep, SECOND=chains - deep,
+        pixels, channels // unit, FIRST=deep, SECOND=chains - deep,
         ADDED=addend is not None, UNIT=unit, **blocks,
     )  # fmt: skip
     levels = first.x, first.matrices, deep_matrices
@@ -817,7 +843,7 @@ def _channels_last(tensor: Tensor) -> Tensor:
 
 def _four(values: Sequence[Any]) -> list[Any]:
     """The branches' values, and the last one in the place of those that are not there."""
-    return [*values, *[values[-1]] * (MAX_BRANCHES - len(values))]
+    return [*values, *[values[-1]] * (MAX_CHAINS - len(values))]
 
 
 def _unit(*numbers: int) -> int:
@@ -838,5 +864,5 @@ def _tiles(output: Tensor) -> tuple[int, tuple[int, int], dict[str, int]]:
     )
 
 
-torch.library.impl(separable_sum.FORWARD, "CUDA", forward)
-torch.library.impl(separable_sum.BACKWARD, "CUDA", backward)
+torch.library.impl(separable_sum.FORWARD, "CUDA", on_its_device(forward))
+torch.library.impl(separable_sum.BACKWARD, "CUDA", on_its_device(backward))

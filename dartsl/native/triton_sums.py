@@ -4,6 +4,10 @@ Sums over pixels are taken in parts, one for each program, and the last program 
 them in their order: equal inputs give equal bits, and no further kernel is launched for it.
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -21,10 +25,9 @@ def tile_of(p, pixels, height, width):
 
 
 @triton.jit
-def is_last(counter, group):
-    """Whether all other programs of the group have come here before this one."""
+def is_last(counter, group, programs):
+    """Whether all other programs of a group, of so many, have come here before this one."""
     tl.debug_barrier()  # what all threads have written comes before the count
-    programs = tl.num_programs(0)
     last = tl.atomic_add(counter + group, 1, sem="acq_rel") == programs - 1
     if last:
         tl.store(counter + group, 0)  # for the next kernel
@@ -56,7 +59,7 @@ _COUNTERS: dict[torch.device, Tensor] = {}
 
 
 def counters(device: torch.device) -> Tensor:
-    """Zeros, as every kernel leaves them: kernels of one device that count run one by one."""
+    """Zeros, as every kernel leaves them: those of one device run one by one, on one stream."""
     if device not in _COUNTERS:
         _COUNTERS[device] = torch.zeros(65536, dtype=torch.int32, device=device)
     return _COUNTERS[device]
@@ -73,3 +76,14 @@ def share(pixels: int, block: int, columns: int) -> tuple[int, int]:
     blocks = triton.cdiv(pixels, block)
     tiles = triton.cdiv(blocks, max(1, MAX_BLOCKS // columns))
     return triton.cdiv(blocks, tiles), tiles
+
+
+def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The operation, whose kernels run where its first tensor is; Triton asks PyTorch where."""
+
+    @functools.wraps(function)
+    def guarded(first: Tensor, *rest: Any) -> Any:
+        with torch.cuda.device_of(first):
+            return function(first, *rest)
+
+    return guarded
