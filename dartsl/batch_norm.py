@@ -10,7 +10,7 @@ same sum, so that all kinds of hypergradient go through it.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -60,35 +60,63 @@ def batch_norm(
     return normalized.to(x.dtype)
 
 
-# By momentum, and whether all are dense, as a kernel for many tensors wants it.
-Following = dict[tuple[float, bool], tuple[list[Tensor], list[Tensor]]]
+class Following(NamedTuple):
+    """What waits for the end of `following_together`.
+
+    Attributes:
+        running: running statistics and the batches', by momentum, and by whether all are dense, as
+            a kernel for many tensors wants it.
+        counters: of batches.
+    """
+
+    running: dict[tuple[float, bool], tuple[list[Tensor], list[Tensor]]]
+    counters: list[Tensor]
+
+
 _following: ContextVar[Following | None] = ContextVar("following", default=None)
 
 
 def follow(running: Sequence[Tensor], batch: Sequence[Tensor], momentum: float) -> None:
     """Let running statistics follow the batch's; within `following_together` at its end."""
-    together = None if torch.compiler.is_compiling() else _following.get()
+    together = _together()
     if together is None:
         torch._foreach_lerp_(list(running), list(batch), momentum)
         return
     dense = all(tensor.is_contiguous() for tensor in (*running, *batch))
-    all_running, all_batch = together.setdefault((momentum, dense), ([], []))
+    all_running, all_batch = together.running.setdefault((momentum, dense), ([], []))
     all_running += running
     all_batch += batch
 
 
+def count(norm: Any) -> None:
+    """Let an `nn.BatchNorm2d` count a batch, when `follow` follows it; others count themselves."""
+    if not isinstance(norm, nn.BatchNorm2d) or norm.num_batches_tracked is None:
+        return
+    together = _together()
+    if together is None:
+        norm.num_batches_tracked.add_(1)
+    else:
+        together.counters.append(norm.num_batches_tracked)
+
+
+def _together() -> Following | None:
+    return None if torch.compiler.is_compiling() else _following.get()
+
+
 @contextmanager
 def following_together() -> Iterator[None]:
-    """Within: `follow` waits; at the end all running statistics follow at once."""
-    together: Following = {}
+    """Within: `follow` and `count` wait; at the end all statistics follow at once."""
+    together = Following({}, [])
     token = _following.set(together)
     try:
         yield
     finally:
         _following.reset(token)
     with torch.no_grad():
-        for (momentum, _), (running, batch) in together.items():
+        for (momentum, _), (running, batch) in together.running.items():
             torch._foreach_lerp_(running, batch, momentum)
+        if together.counters:
+            torch._foreach_add_(together.counters, 1)
 
 
 @torch.compiler.disable

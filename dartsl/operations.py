@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dartsl.depthwise import DepthwiseConv2d
 from dartsl.pools import AvgPool2d
-from dartsl.separable import can_fuse, fused, units_of
+from dartsl.separable import can_fuse, can_sum, fused, fused_sum, sums_chains, units_of
 
 
 class Zero(nn.Module):
@@ -132,13 +132,17 @@ class EvenAndOddPixels(torch.autograd.Function):
 class SeparableChain(nn.Sequential):
     """ReLU, depthwise, pointwise, BatchNorm, once or several times: one layer after the other.
 
-    On a CPU, in training, the layers that follow each other are one operation (`dartsl.separable`).
+    In training, the layers that follow each other are one operation (`dartsl.separable`).
     """
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, ceil(H / stride), ceil(W / stride)]."""
         units = units_of(self)
-        return fused(units, input) if can_fuse(units, input) else super().forward(input)
+        if can_fuse(units, input):
+            return fused(units, input)
+        if sums_chains(input) and can_sum([units], input):
+            return fused_sum([units], input)
+        return super().forward(input)
 
 
 class SeparableConv(nn.Module):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dartsl.batch_norm import follow
+from dartsl.batch_norm import count, follow
 from dartsl.depthwise import DepthwiseConv2d, depthwise_conv2d
 from dartsl.fused import (
     Precision,
@@ -32,6 +32,8 @@ from dartsl.native.separable_sum import MAX_CHAINS
 
 # Images, channels, their height and width: what the largest programs take.
 TRIAL = 64, 64, 8
+# Where more products are summed, two convolutions as one take more time than one by one.
+MAX_DEPTH = 4096
 Options = tuple[Sequence[int], int, int, float]  # dilations, deep, stride, eps
 
 
@@ -77,7 +79,7 @@ def _is_unit(unit: Unit) -> bool:
 def can_fuse(
     units: Sequence[Unit], x: Tensor, scale: Tensor | None = None, addend: Tensor | None = None
 ) -> bool:
-    """Whether `fused` takes these in this place; on a GPU modules of one chain are faster."""
+    """Whether `fused` takes these in this place: on a CPU."""
     return not x.is_cuda and _can_compute(units, x, scale, addend)
 
 
@@ -153,8 +155,7 @@ def fused(
     for unit in units:
         _, depthwise, pointwise, norm = unit
         last = unit is units[-1]
-        if isinstance(norm, nn.BatchNorm2d) and norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
+        count(norm)
         x = normalized_separable(
             x,
             depthwise.weight,
@@ -221,38 +222,43 @@ def sums_chains(x: Tensor) -> bool:
 
 @found_once
 def _sums_well(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether it has done so in this place, with the paper's chains, at full size and halved."""
+    """Whether it has done so in this place, with the paper's chains.
+
+    As in a supernet and, with half the size, with norms that scale and shift.
+    """
     images, channels, size = TRIAL
     outputs, kernels, dilations, deep = 3 * channels, (3, 5, 3, 5, 3, 5), (1, 1, 2, 2, 1, 1), 2
-    shapes: list[tuple[int, ...]] = [(images, channels, size, size), (len(kernels) - deep, outputs)]
-    shapes += [(outputs, 1, kernel, kernel) for kernel in kernels]
-    shapes += [(outputs, channels, 1, 1)] * len(kernels)
+    ends: list[tuple[int, ...]] = [(images, channels, size, size), (len(kernels) - deep, outputs)]
+    affine: list[tuple[int, ...]] = [(outputs,), (deep, outputs), (deep, outputs)]
+    weights: list[tuple[int, ...]] = [(outputs, 1, kernel, kernel) for kernel in kernels]
+    weights += [(outputs, channels, 1, 1)] * len(kernels)
 
-    def operation(x: Tensor, scales: Tensor, *weights: Tensor, options: Options) -> Tensor:
-        return cast(Tensor, SeparableSum.apply(x, scales, None, options, *weights)[0])
+    def operation(x: Tensor, scales: Tensor, *rest: Tensor, options: Options) -> Tensor:
+        return cast(Tensor, SeparableSum.apply(x, scales, None, options, *rest)[0])
 
     return all(
         works(
             "separable convolutions",
-            functools.partial(operation, options=options),
-            functools.partial(_formula_of_sum, options=options),
+            functools.partial(operation, options=(dilations, deep, stride, 1e-5)),
+            functools.partial(_formula_of_sum, options=(dilations, deep, stride, 1e-5)),
             shapes,
             dtype,
             device,
         )
-        for options in ((dilations, deep, stride, 1e-5) for stride in (1, 2))
+        for stride, shapes in ((1, ends + weights), (2, ends + affine + weights))
     )
 
 
 def can_sum(
     chains: Sequence[Sequence[Unit]],
     x: Tensor,
-    scales: Sequence[Tensor],
+    scales: Sequence[Tensor] | None = None,
     addend: Tensor | None = None,
 ) -> bool:
     """Whether `fused_sum` takes these in this place, where `sums_chains`."""
     first = [chain[0] for chain in chains if chain]
     units = [unit for chain in chains for unit in chain]
+    given: Sequence[Tensor | None] = [None] * len(chains) if scales is None else scales
     return (
         0 < len(first) == len(chains) <= MAX_CHAINS
         # Their maps stand beside each other, counted in 32 bits.
@@ -260,24 +266,29 @@ def can_sum(
         and all(len(chain) <= 2 for chain in chains)
         and x.shape[1] == first[0].pointwise.weight.shape[1]
         and all(unit.pointwise.weight.shape == first[0].pointwise.weight.shape for unit in units)
+        and all(_depth(unit) <= MAX_DEPTH for unit in units)
         and len(first[0].depthwise.weight) == len(first[0].pointwise.weight)
         and len({unit.depthwise.stride[0] for unit in first}) == 1
         and all(chain[-1].depthwise.stride[0] == 1 for chain in chains if len(chain) == 2)
-        # An `nn.BatchNorm2d` counts batches, which nobody would do.
-        and not any(isinstance(unit.norm, nn.BatchNorm2d) for unit in units)
-        and all(unit.norm.weight is unit.norm.bias is None for unit in units)
+        and all((unit.norm.weight is None) == (scales is not None) for unit in units)
+        and all((unit.norm.bias is None) == (scales is not None) for unit in units)
         and len({unit.norm.eps for unit in units}) == 1
         and all(
             _can_compute(chain, x, scale, addend)
-            for chain, scale in zip(chains, scales, strict=True)
+            for chain, scale in zip(chains, given, strict=True)
         )
     )
+
+
+def _depth(unit: Unit) -> int:
+    """Over how many products its two convolutions sum as one."""
+    return unit.pointwise.weight.shape[1] * unit.depthwise.kernel_size[0] ** 2
 
 
 def fused_sum(
     chains: Sequence[Sequence[Unit]],
     x: Tensor,
-    scales: Sequence[Tensor],
+    scales: Sequence[Tensor] | None = None,
     addend: Tensor | None = None,
 ) -> Tensor:
     """The sum of `fused(chain, x, scale)` over T chains, plus addend, as one operation.
@@ -285,7 +296,7 @@ def fused_sum(
     Args:
         chains: of one unit or two, see `can_sum`.
         x: [B, I, H, W], which all groups of all chains read.
-        scales: T times [G I].
+        scales: T times [G I]; None where the norms have weights and biases of their own.
         addend: [B, G I, H', W'].
 
     Returns:
@@ -297,13 +308,22 @@ def fused_sum(
     order = sorted(range(len(chains)), key=lambda chain: -len(chains[chain]))
     units = [chains[chain][0] for chain in order]
     second = [chains[chain][1] for chain in order if len(chains[chain]) == 2]
+    affine: list[Tensor] = []
+    if scales is None:
+        last = [chains[chain][-1].norm for chain in order]
+        scales = [chains[chain][-1].norm.weight for chain in range(len(chains))]
+        affine = [functools.reduce(torch.add, (norm.bias for norm in last))]
+        if second:
+            inner = [unit.norm for unit in units[: len(second)]]
+            affine += _rows([norm.weight for norm in inner]), _rows([norm.bias for norm in inner])
     dilations = [unit.depthwise.dilation[0] for unit in units + second]
     options = dilations, len(second), units[0].depthwise.stride[0], units[0].norm.eps
     output, *statistics = SeparableSum.apply(
         x.to(types.maps),
-        torch.stack([scales[chain] for chain in order]),
+        _rows([scales[chain] for chain in order]),
         addend,
         options,
+        *affine,
         *(unit.depthwise.weight for unit in units + second),
         *(unit.pointwise.weight for unit in units + second),
     )
@@ -311,7 +331,13 @@ def fused_sum(
         for unit, of_unit in zip(level, found.tensor_split(len(level) or 1, dim=1), strict=False):
             norm, (mean, _, var) = unit.norm, of_unit.unbind()
             follow([norm.running_mean, norm.running_var], [mean, var], norm.momentum)
+            count(norm)
     return output
+
+
+def _rows(rows: Sequence[Tensor]) -> Tensor:
+    """[R, C] of R times [C]; nothing is copied for one."""
+    return rows[0].unsqueeze(0) if len(rows) == 1 else torch.stack(list(rows))
 
 
 class SeparableSum(torch.autograd.Function):
@@ -324,14 +350,13 @@ class SeparableSum(torch.autograd.Function):
         scales: Tensor,
         addend: Tensor | None,
         options: Options,
-        *weights: Tensor,
+        *rest: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Output [B, G I, H', W'] and the statistics of the first and of the second units."""
-        half = len(weights) // 2
         output, *kept = torch.ops.dartsl.separable_sum(
-            x, scales, addend, weights[:half], weights[half:], *options
+            x, scales, addend, *_parts(rest, options), *options
         )
-        ctx.save_for_backward(x, scales, *weights, *kept)
+        ctx.save_for_backward(x, scales, *rest, *kept)
         ctx.options = options
         statistics = kept[1], kept[4]
         ctx.mark_non_differentiable(*statistics)
@@ -340,35 +365,43 @@ class SeparableSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
-        """Gradients of x, the scales, addend and weights, as far as they are wanted."""
+        """Gradients of x, the scales, addend and all others, as far as they are wanted."""
         gradient = gradients[0]
         if gradient is None:
             return (None,) * len(ctx.needs_input_grad)
-        x, scales, *rest = ctx.saved_tensors
-        number = len(ctx.needs_input_grad) - 4
-        weights, kept, half = rest[:number], rest[number:], number // 2
-        x_wanted, scales_wanted, addend_wanted, _, *weights_wanted = ctx.needs_input_grad
-        wanted = [x_wanted, scales_wanted, *weights_wanted]
+        x, scales, *saved = ctx.saved_tensors
+        x_wanted, scales_wanted, addend_wanted, _, *rest_wanted = ctx.needs_input_grad
+        rest, kept = saved[: len(rest_wanted)], saved[len(rest_wanted) :]
+        wanted = [x_wanted, scales_wanted, *rest_wanted]
         found: Sequence[Tensor | None]
         if not any(wanted):
             found = [None] * len(wanted)
         elif torch.is_grad_enabled():
             found = differentiable_gradients(
                 lambda *given: _formula_of_sum(*given, options=ctx.options),
-                (x, scales, *weights),
+                (x, scales, *rest),
                 gradient,
                 wanted,
             )
         else:
-            of_both = x_wanted, any(weights_wanted)
+            parts, of_both = _parts(rest, ctx.options), (x_wanted, any(rest_wanted))
             found = torch.ops.dartsl.separable_sum_backward(
-                gradient, x, scales, weights[:half], weights[half:], kept, *ctx.options[:3], of_both
+                gradient, x, scales, *parts, kept, *ctx.options[:3], of_both
             )
             found = [*found, *[None] * (len(wanted) - len(found))]
-        of_x, of_scales, *of_weights = (
+        of_x, of_scales, *of_rest = (
             single if want else None for single, want in zip(found, wanted, strict=True)
         )
-        return of_x, of_scales, gradient if addend_wanted else None, None, *of_weights
+        return of_x, of_scales, gradient if addend_wanted else None, None, *of_rest
+
+
+def _parts(
+    rest: Sequence[Tensor], options: Options
+) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+    """What is affine, depthwise weights, pointwise weights: they stand in this order."""
+    convolutions = len(options[0])
+    depthwise, pointwise = rest[-2 * convolutions : -convolutions], rest[-convolutions:]
+    return rest[: -2 * convolutions], depthwise, pointwise
 
 
 class NormalizedSeparable(torch.autograd.Function):
@@ -444,22 +477,22 @@ def _formula(
 def _formula_of_sum(
     x: Tensor,
     scales: Tensor,
-    *weights: Tensor,
+    *rest: Tensor,
     options: Options,
 ) -> Tensor:
     """`fused_sum` without addend and running statistics, by PyTorch's functions."""
     dilations, deep, stride, eps = options
-    half, chains = len(weights) // 2, len(scales)
-    units = list(zip(weights[:half], weights[half:], dilations, strict=True))
+    affine, depthwise, pointwise = _parts(rest, options)
+    convolutions, chains = list(zip(depthwise, pointwise, strict=True)), len(scales)
     total: Tensor | None = None
-    for chain, (scale, (depthwise, pointwise, dilation)) in enumerate(
-        zip(scales, units[:chains], strict=True)
-    ):
-        of_chain = x, depthwise, pointwise, None if chain < deep else scale, None, stride, dilation
-        term = _formula(*of_chain, eps)
+    for chain, scale in enumerate(scales):
+        norm: Sequence[Tensor | None] = [scale, None]
         if chain < deep:
-            depthwise, pointwise, dilation = units[chains + chain]
-            term = _formula(term, depthwise, pointwise, scale, None, 1, dilation, eps)
+            norm = [rows[chain] for rows in affine[1:]] or [None, None]
+        term = _formula(x, *convolutions[chain], norm[0], norm[1], stride, dilations[chain], eps)
+        if chain < deep:
+            second = chains + chain
+            term = _formula(term, *convolutions[second], scale, None, 1, dilations[second], eps)
         total = term if total is None else total + term
     assert total is not None
-    return total
+    return total + affine[0].view(-1, 1, 1).to(total.dtype) if affine else total

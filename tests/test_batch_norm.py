@@ -3,8 +3,9 @@
 from contextlib import suppress
 
 import torch
+from torch import nn
 
-from dartsl.batch_norm import follow, following_together
+from dartsl.batch_norm import count, follow, following_together
 
 
 def test_within_following_together_they_follow_at_its_end() -> None:
@@ -32,3 +33,14 @@ def test_a_pass_that_fails_moves_nothing() -> None:
     assert not running.any()
     follow([running], [torch.ones(2)], 1.0)
     assert running.all()
+
+
+def test_batches_are_counted_at_once_or_at_the_end() -> None:
+    norm, uncounted = nn.BatchNorm2d(2), nn.BatchNorm2d(2, track_running_stats=False)
+    for each in (norm, uncounted, nn.Identity()):
+        count(each)
+    assert norm.num_batches_tracked == 1
+    with following_together():
+        count(norm)
+        assert norm.num_batches_tracked == 1
+    assert norm.num_batches_tracked == 2

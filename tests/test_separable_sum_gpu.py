@@ -1,6 +1,7 @@
 """Chains of separable convolutions, summed by Triton's kernels, are PyTorch's."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -8,14 +9,17 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dartsl import separable
+from dartsl import operations, separable
+from dartsl.batch_norm import following_together
 from dartsl.depthwise import DepthwiseConv2d
 from dartsl.fused import Precision
 from dartsl.networks import merged
 from dartsl.networks.merged import MergedBatchNorm
+from dartsl.operations import DilatedConv, SeparableConv
 from dartsl.separable import (
     Unit,
     _formula_of_sum,
+    _parts,
     can_sum,
     fused,
     fused_sum,
@@ -36,8 +40,8 @@ SUMS = [
 ]
 
 
-def sum_inputs(case: tuple, dtype: torch.dtype) -> tuple:
-    """x, scales, weights, options, addend."""
+def sum_inputs(case: tuple, dtype: torch.dtype, affine: bool = False) -> tuple:
+    """x, scales, what is affine and weights, options, addend."""
     kernels, dilations, deep, edges, channels, stride, image = case
     torch.manual_seed(0)
     total = edges * channels
@@ -47,31 +51,35 @@ def sum_inputs(case: tuple, dtype: torch.dtype) -> tuple:
     weights += [torch.randn(total, channels, 1, 1) / channels**0.5 for _ in kernels]
     scales = torch.rand(len(case[0]), total) + 0.5
     addend = torch.randn(2, total, *(-(-length // stride) for length in image)).to(dtype)
+    if affine:
+        inner = [torch.rand(deep, total) + 0.5, torch.randn(deep, total)] if deep else []
+        weights = [torch.randn(total), *inner, *weights]
     return x, scales, weights, (dilations, deep, stride, 1e-5), addend
 
 
-def assert_equal(case: tuple, dtype: torch.dtype, wanted=(True, True)) -> None:
-    x, scales, weights, options, addend = sum_inputs(case, dtype)
-    ends = [tensor.double().requires_grad_() for tensor in (x, scales, *weights)]
+def assert_equal(
+    case: tuple, dtype: torch.dtype, wanted=(True, True), affine: bool = False
+) -> None:
+    x, scales, rest, options, addend = sum_inputs(case, dtype, affine)
+    ends = [tensor.double().requires_grad_() for tensor in (x, scales, *rest)]
     expected = _formula_of_sum(*ends, options=options)
     gradient = torch.randn_like(expected).to(dtype)
     of_inputs = torch.autograd.grad(expected, ends, gradient.double())
     x, scales, addend, gradient = (t.to(DEVICE) for t in (x, scales, addend, gradient))
-    weights = [weight.to(DEVICE) for weight in weights]
-    half = len(weights) // 2
-    both = weights[:half], weights[half:]
-    output, *kept = gpu.forward(x, scales, addend, *both, *options)
+    parts = _parts([tensor.to(DEVICE) for tensor in rest], options)
+    output, *kept = gpu.forward(x, scales, addend, *parts, *options)
     assert difference(output.cpu() - addend.cpu(), expected.detach()) < 2 * TOLERANCE[dtype]
-    found = gpu.backward(gradient, x, scales, *both, kept, *options[:3], wanted)
-    assert len(found) == 2 + wanted[1] * len(weights)
+    found = gpu.backward(gradient, x, scales, *parts, kept, *options[:3], wanted)
+    assert len(found) == 2 + wanted[1] * len(rest)
     assert found[0].numel() == wanted[0] * x.numel()
     for tensor, of_input in list(zip(found, of_inputs, strict=False))[not wanted[0] :]:
         assert difference(tensor.cpu(), of_input) < 2 * TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("case", SUMS, ids=str)
-def test_a_sum_of_chains(case) -> None:
-    assert_equal(case, torch.float32)
+@pytest.mark.parametrize("affine", [False, True], ids=["plain", "affine"])
+def test_a_sum_of_chains(case, affine) -> None:
+    assert_equal(case, torch.float32, affine=affine)
 
 
 @pytest.mark.parametrize("dtype", TYPES[1:], ids=str)
@@ -98,18 +106,18 @@ def test_few_programs_take_many_blocks_of_pixels(blocks, monkeypatch) -> None:
     assert_equal(((3, 3), (1, 1), 1, 1, 16, 1, (13, 11)), torch.float32)
 
 
-def everything(x: Tensor, scales: Tensor, weights: list[Tensor], options: tuple) -> list[Tensor]:
+def everything(x: Tensor, scales: Tensor, rest: list[Tensor], options: tuple) -> list[Tensor]:
     """The sum, what is kept, and all gradients."""
-    both = weights[: len(weights) // 2], weights[len(weights) // 2 :]
-    output, *kept = gpu.forward(x, scales, None, *both, *options)
+    parts = _parts(rest, options)
+    output, *kept = gpu.forward(x, scales, None, *parts, *options)
     gradient = output + 1
-    found = gpu.backward(gradient, x, scales, *both, kept, *options[:3], (True, True))
+    found = gpu.backward(gradient, x, scales, *parts, kept, *options[:3], (True, True))
     return [output, *kept, *found]
 
 
 def test_a_second_time_and_in_other_layouts_it_gives_the_same_bits(monkeypatch) -> None:
     monkeypatch.setattr(triton_sums, "MAX_BLOCKS", 4)
-    x, scales, weights, options, _ = sum_inputs(SUMS[4], torch.float32)
+    x, scales, weights, options, _ = sum_inputs(((3, 5), (1, 2), 1, 2, 4, 1, (5, 5)), torch.float32)
     x, scales, weights = x.to(DEVICE), scales.to(DEVICE), [w.to(DEVICE) for w in weights]
     expected = everything(x, scales, weights, options)
     wide = torch.cat([x, x], dim=3)
@@ -120,19 +128,19 @@ def test_a_second_time_and_in_other_layouts_it_gives_the_same_bits(monkeypatch) 
             assert torch.equal(actual, other)
 
 
+@pytest.mark.parametrize("affine", [False, True], ids=["plain", "affine"])
 @pytest.mark.parametrize("case", SUMS, ids=str)
-def test_what_comes_is_as_it_is_declared(case) -> None:
+def test_what_comes_is_as_it_is_declared(case, affine) -> None:
     """For compilers, which do not run the operations to know."""
-    x, scales, weights, options, _ = sum_inputs(case, torch.float16)
-    half = len(weights) // 2
+    x, scales, weights, options, _ = sum_inputs(case, torch.float16, affine)
     x, scales, weights = x.to(DEVICE), scales.to(DEVICE), [w.to(DEVICE) for w in weights]
     expected = everything(x, scales, weights, options)
     with FakeTensorMode() as mode:
         x, scales, *weights = (mode.from_tensor(tensor) for tensor in (x, scales, *weights))
-        both = weights[:half], weights[half:]
-        output, *kept = torch.ops.dartsl.separable_sum(x, scales, None, *both, *options)
+        parts = _parts(weights, options)
+        output, *kept = torch.ops.dartsl.separable_sum(x, scales, None, *parts, *options)
         found = torch.ops.dartsl.separable_sum_backward(
-            output, x, scales, *both, kept, *options[:3], (True, True)
+            output, x, scales, *parts, kept, *options[:3], (True, True)
         )
     for declared, tensor in zip([output, *kept, *found], expected, strict=True):
         assert (declared.shape, declared.dtype) == (tensor.shape, tensor.dtype)
@@ -148,13 +156,10 @@ def test_nan_is_not_rectified_away() -> None:
 
 def test_operations_are_counted() -> None:
     x, scales, weights, options, _ = sum_inputs(SUMS[0], torch.float32)
-    half = len(weights) // 2
     with FakeTensorMode() as mode:
         x, scales, *weights = (mode.from_tensor(t) for t in (x, scales, *weights))
         with FlopCounterMode(display=False) as counter:
-            torch.ops.dartsl.separable_sum(
-                x, scales, None, weights[:half], weights[half:], *options
-            )
+            torch.ops.dartsl.separable_sum(x, scales, None, *_parts(weights, options), *options)
     assert counter.get_total_flops() == 2 * 2 * 20 * sum(weight.numel() for weight in weights)
 
 
@@ -184,10 +189,17 @@ def here(monkeypatch) -> None:
     monkeypatch.setattr(torch.ops.dartsl, "separable_sum_backward", gpu.backward)
 
 
+def test_deep_sums_are_left_to_modules(here) -> None:
+    """The multiplications of both convolutions as one grow with the square of the channels."""
+    x = torch.randn(1, 300, 2, 1, device=DEVICE)
+    assert can_sum([units_of(SeparableConv(300, 3, 1, True).to(DEVICE).op)], x)
+    assert not can_sum([units_of(SeparableConv(300, 5, 1, True).to(DEVICE).op)], x)
+
+
 @pytest.fixture
 def trial(here, monkeypatch):
     """The trial before first use, of small maps."""
-    monkeypatch.setattr(separable, "TRIAL", (2, 16, 5))
+    monkeypatch.setattr(separable, "TRIAL", (2, 4, 4))
     return lambda: separable._sums_well.__wrapped__(torch.device(DEVICE), torch.float32)
 
 
@@ -263,6 +275,50 @@ def test_summed_chains_are_the_chains_one_after_the_other(here) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    "operation",
+    [SeparableConv(8, 3, 2, True), SeparableConv(20, 5, 1, True), DilatedConv(12, 3, 1, True)],
+    ids=["halved", "separable", "dilated"],
+)
+def test_a_chain_of_the_final_network_is_its_modules(operation, here, monkeypatch) -> None:
+    """The output, all gradients, second derivatives, running statistics and counters."""
+    torch.manual_seed(0)
+    operation = operation.to(DEVICE)
+    for norm in operation.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.normal_(norm.weight)
+            nn.init.normal_(norm.bias)
+    given = torch.randn(2, len(operation.op[3].weight), 5, 6, device=DEVICE)
+
+    def results(operation: nn.Module) -> list[Tensor]:
+        inputs = [given.clone().requires_grad_(), *operation.parameters()]
+        output = operation(inputs[0])
+        value = output.square().mul(torch.linspace(1, 2, output.shape[-1], device=DEVICE)).sum()
+        first = torch.autograd.grad(value, inputs, retain_graph=True)
+        again = torch.autograd.grad(value, inputs, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in again), inputs)
+        return [output.detach(), *first, *again, *second, *operation.buffers()]
+
+    modules = copy.deepcopy(operation)
+    modules.op.forward = functools.partial(nn.Sequential.forward, modules.op)
+    monkeypatch.setattr(operations, "can_fuse", lambda units, x: False)
+    monkeypatch.setattr(operations, "sums_chains", lambda x: True)
+    expected = results(modules)
+    calls = []
+    monkeypatch.setattr(
+        operations, "fused_sum", lambda *given: calls.append(1) or fused_sum(*given)
+    )
+    for actual, other in zip(results(operation), expected, strict=True):
+        assert torch.allclose(
+            actual, other, rtol=2e-3, atol=2e-3 * float(other.detach().abs().max())
+        )
+    assert calls
+    with following_together():
+        operation(given)
+        assert operation.op[3].num_batches_tracked == 1
+    assert operation.op[3].num_batches_tracked == 2
+
+
 def test_which_chains_are_summed(here) -> None:
     x = torch.randn(2, 4, 5, 5, device=DEVICE)
     rows = list(torch.ones(5, 8, device=DEVICE))
@@ -278,7 +334,10 @@ def test_which_chains_are_summed(here) -> None:
     # More numbers than 32 bits count.
     assert can_sum([single, double], x[:1, :, :1, :1].expand(2**11, -1, 2**7, 2**7), rows[:2])
     assert not can_sum([single, double], x[:1, :, :1, :1].expand(2**13, -1, 2**7, 2**7), rows[:2])
-    counting = [single[0]._replace(norm=nn.BatchNorm2d(8, affine=False).to(DEVICE))]
-    assert not can_sum([counting, double], x, rows[:2])
+    assert not can_sum([single, double], x)  # their norms have no weights
+    affine = [single[0]._replace(norm=nn.BatchNorm2d(8).to(DEVICE))]
+    assert can_sum([affine], x)
+    assert not can_sum([affine, double], x)
+    assert not can_sum([affine], x, rows[:1])
     single[0].norm.eval()
     assert not can_sum([single, double], x, rows[:2])

@@ -2,6 +2,9 @@
 
 Shapes: B images, H x W pixels, T chains of G groups of C inputs and C outputs. The first `deep`
 chains have a second convolution, whose weights stand behind those of the T first ones.
+
+`affine` is empty, or it is what is added to the sum, [G C], and if there are deep chains what the
+maps between their convolutions are scaled by and shifted by, both [deep, G C].
 """
 
 from collections.abc import Sequence
@@ -17,14 +20,15 @@ MAX_CHAINS = 4
 FORWARD = "dartsl::separable_sum"
 torch.library.define(
     FORWARD,
-    "(Tensor x, Tensor scales, Tensor? addend, Tensor[] depthwise, Tensor[] pointwise,"
-    " int[] dilations, int deep, int stride, float eps) -> Tensor[]",
+    "(Tensor x, Tensor scales, Tensor? addend, Tensor[] affine, Tensor[] depthwise,"
+    " Tensor[] pointwise, int[] dilations, int deep, int stride, float eps) -> Tensor[]",
 )
 BACKWARD = "dartsl::separable_sum_backward"
 torch.library.define(
     BACKWARD,
-    "(Tensor gradient, Tensor x, Tensor scales, Tensor[] depthwise, Tensor[] pointwise,"
-    " Tensor[] kept, int[] dilations, int deep, int stride, bool[] wanted) -> Tensor[]",
+    "(Tensor gradient, Tensor x, Tensor scales, Tensor[] affine, Tensor[] depthwise,"
+    " Tensor[] pointwise, Tensor[] kept, int[] dilations, int deep, int stride, bool[] wanted)"
+    " -> Tensor[]",
 )
 
 
@@ -33,6 +37,7 @@ def _fake_forward(
     x: Tensor,
     scales: Tensor,
     addend: Tensor | None,
+    affine: Sequence[Tensor],
     depthwise: Sequence[Tensor],
     pointwise: Sequence[Tensor],
     dilations: Sequence[int],
@@ -69,6 +74,7 @@ def _fake_backward(
     gradient: Tensor,
     x: Tensor,
     scales: Tensor,
+    affine: Sequence[Tensor],
     depthwise: Sequence[Tensor],
     pointwise: Sequence[Tensor],
     kept: Sequence[Tensor],
@@ -79,7 +85,7 @@ def _fake_backward(
 ) -> list[Tensor]:
     of_x, of_weights = wanted
     of_input = torch.empty_like(x, memory_format=torch.channels_last) if of_x else x.new_empty(0)
-    weights = [torch.empty_like(weight) for weight in (*depthwise, *pointwise)]
+    weights = [torch.empty_like(weight) for weight in (*affine, *depthwise, *pointwise)]
     return [of_input, torch.empty_like(scales), *(weights if of_weights else [])]
 
 
@@ -88,6 +94,7 @@ def _flops(
     x: Shape,
     scales: Shape,
     addend: Shape | None,
+    affine: Sequence[Shape],
     depthwise: Sequence[Shape],
     pointwise: Sequence[Shape],
     *rest: Any,
@@ -101,6 +108,7 @@ def _backward_flops(
     gradient: Shape,
     x: Shape,
     scales: Shape,
+    affine: Sequence[Shape],
     depthwise: Sequence[Shape],
     pointwise: Sequence[Shape],
     *rest: Any,

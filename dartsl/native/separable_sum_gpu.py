@@ -206,15 +206,18 @@ def _normalized(y, statistics, p, at, channels, mask, ok):
 
 @triton.jit(do_not_specialize=SIZES)
 def _rectify(
-    y, statistics, output, pixels, channels, all_channels,
-    UNIT: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
+    y, statistics, scales, shifts, output, pixels, channels, all_channels,
+    AFFINE: tl.constexpr, UNIT: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """max((y - mean) / sqrt(var + eps), 0), [N, channels], of the first channels of y."""
+    """The rectified [N, channels] of the first channels of y, normalized, AFFINE also scaled."""
     channels, all_channels = channels * UNIT, all_channels * UNIT
     p = tl.program_id(0) * P + tl.arange(0, P)
     c = tl.program_id(1) * C + tl.arange(0, C)
     mask = (p < pixels)[:, None] & (c < channels)[None, :]
     value = _normalized(y, statistics, p, c, all_channels, mask, c < channels)
+    if AFFINE:
+        value *= tl.load(scales + c, mask=c < channels, other=0.0)[None, :]
+        value += tl.load(shifts + c, mask=c < channels, other=0.0)[None, :]
     value = tl.where(value < 0, 0.0, value)  # NaN stays
     at = p[:, None] * channels + c[None, :]
     tl.store(output + at, value.to(output.dtype.element_ty), mask=mask)
@@ -222,12 +225,12 @@ def _rectify(
 
 @triton.jit(do_not_specialize=SIZES)
 def _sum_maps(
-    first, first_statistics, second, second_statistics, scales, addend, output,
+    first, first_statistics, second, second_statistics, scales, shift, addend, output,
     pixels, channels,
-    FIRST: tl.constexpr, SECOND: tl.constexpr, ADDED: tl.constexpr,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, AFFINE: tl.constexpr, ADDED: tl.constexpr,
     UNIT: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """The scaled sum [N, C'] of normalized maps.
+    """The scaled sum [N, C'] of normalized maps, AFFINE shifted.
 
     They are the FIRST of one, and the SECOND of the other, which stand behind so many there.
     """
@@ -239,6 +242,8 @@ def _sum_maps(
     mask = (p < pixels)[:, None] & ok[None, :]
     at = p[:, None] * channels + c[None, :]
     total = tl.zeros([P, C], tl.float32)
+    if AFFINE:
+        total += tl.load(shift + c, mask=ok, other=0.0)[None, :]
     if ADDED:
         total += tl.load(addend + at, mask=mask, other=0.0).to(tl.float32)
     for m in tl.static_range(FIRST):
@@ -305,15 +310,16 @@ def _sum_gradient(
 
 @triton.jit(do_not_specialize=SIZES)
 def _denormalize(
-    gradient, sums, products, own_gradient, own_sums, own_products, scales, y, statistics, output,
-    pixels, channels, split,
-    UNIT: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
+    gradient, sums, products, scales, own_gradient, own_sums, own_products, own_scales,
+    y, statistics, output, pixels, channels, split,
+    SCALED: tl.constexpr, UNIT: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The gradient of y [N, M C'] by those of its M normalized maps.
 
-    The first `split` maps have a gradient of their own each; those after them share theirs
-    [N, C'], as they are scaled and summed. The sums are those of `_sum_gradient`, for all maps that
-    share theirs `sums` and `products`. Program m along the third axis takes map m.
+    The first `split` maps have a gradient of their own each, of what they are SCALED to; those
+    after them share theirs [N, C'], as they are scaled and summed. The sums are those of
+    `_sum_gradient`, for all maps that share theirs `sums` and `products`. Program m along the third
+    axis takes map m.
     """
     channels *= UNIT
     which, all_channels = tl.program_id(2), tl.num_programs(2) * channels
@@ -323,14 +329,14 @@ def _denormalize(
     source, row, in_row = gradient, channels, c
     if which < split:
         source, row, in_row = own_gradient, split * channels, at
-        sums, products = own_sums, own_products
+        sums, products, scales = own_sums, own_products, own_scales
     mask = (p < pixels)[:, None] & ok[None, :]
     mean = tl.load(statistics + at, mask=ok, other=0.0)
     inverse = tl.load(statistics + all_channels + at, mask=ok, other=0.0)
     of_mean = tl.load(sums + at, mask=ok, other=0.0) / pixels
     slope = tl.load(products + at, mask=ok, other=0.0) * inverse / pixels
     factor = inverse
-    factor *= tl.load(scales + at, mask=ok & (which >= split), other=1.0)
+    factor *= tl.load(scales + at, mask=ok & (SCALED | (which >= split)), other=1.0)
     g = tl.load(source + p[:, None] * row + in_row[None, :], mask=mask, other=0.0)
     where = p[:, None] * all_channels + at[None, :]
     around = tl.load(y + where, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
@@ -681,14 +687,23 @@ def sum_gradient(
     return cast(Sums, sums)
 
 
-def rectify(y: Tensor, statistics: Tensor, output: Tensor) -> None:
-    """Fill in the normalized first channels of y, 0 where they are negative."""
+def rectify(y: Tensor, statistics: Tensor, affine: Sequence[Tensor], output: Tensor) -> None:
+    """Fill in the normalized first channels of y, scaled and shifted, 0 where they are negative.
+
+    Args:
+        y: [B, C, H', W'].
+        statistics: of y, [3, C].
+        affine: scale and shift of each channel that is filled in; none for 1 and 0.
+        output: [B, C', H', W'].
+    """
     channels = output.shape[1]
     pixels, grid, blocks = _tiles(output)
     unit = _unit(channels, y.shape[1])
+    scales, shifts = affine or (statistics, statistics)
     _rectify[grid](
-        y, statistics, output, pixels, channels // unit, y.shape[1] // unit, UNIT=unit, **blocks
-    )
+        y, statistics, scales, shifts, output, pixels, channels // unit, y.shape[1] // unit,
+        AFFINE=bool(affine), UNIT=unit, **blocks,
+    )  # fmt: skip
 
 
 def denormalize(
@@ -698,6 +713,7 @@ def denormalize(
     normalized: Normalized,
     own_gradient: Tensor | None = None,
     own_sums: Sums | None = None,
+    own_scales: Tensor | None = None,
 ) -> Tensor:
     """The gradient of what M maps were normalized from, [B, M C, H', W'].
 
@@ -706,8 +722,9 @@ def denormalize(
         sums: of `sum_gradient`, for all maps.
         scales: [M C].
         normalized: the maps.
-        own_gradient: of the first maps, which are neither scaled nor summed, [B, M' C, H', W'].
+        own_gradient: of the first maps, which are not summed, [B, M' C, H', W'].
         own_sums: the same for it.
+        own_scales: of these maps, [M' C]; None for 1.
     """
     channels, y = gradient.shape[1], normalized[0]
     output = torch.empty_like(y)
@@ -715,8 +732,11 @@ def denormalize(
     split = 0 if own_gradient is None else own_gradient.shape[1] // channels
     unit = _unit(channels)
     _denormalize[(*grid, y.shape[1] // channels)](
-        gradient, *sums, gradient if own_gradient is None else own_gradient, *(own_sums or sums),
-        scales, *normalized, output, pixels, channels // unit, split, UNIT=unit, **blocks,
+        gradient, *sums, scales,
+        gradient if own_gradient is None else own_gradient, *(own_sums or sums),
+        scales if own_scales is None else own_scales,
+        *normalized, output, pixels, channels // unit, split,
+        SCALED=own_scales is not None, UNIT=unit, **blocks,
     )  # fmt: skip
     return output
 
@@ -725,6 +745,7 @@ def forward(
     x: Tensor,
     scales: Tensor,
     addend: Tensor | None,
+    affine: Sequence[Tensor],
     depthwise: Sequence[Tensor],
     pointwise: Sequence[Tensor],
     dilations: Sequence[int],
@@ -732,12 +753,14 @@ def forward(
     stride: int,
     eps: float,
 ) -> list[Tensor]:
-    """The sum over T chains of scale times normalized map, plus addend, and what is kept for it.
+    """The sum over T chains of scale times normalized map, shifted, plus addend; and what is kept.
 
     Args:
         x: [B, C, H, W], which all chains read.
         scales: [T, G C].
         addend: [B, G C, H', W']; None for 0.
+        affine: shift of the sum, [G C], and if there are deep chains scales and shifts between
+            their convolutions, [deep, G C]; none for 0, 1 and 0.
         depthwise: weights of the T chains, then of the second convolutions, [G C, 1, K, K].
         pointwise: the same, [G C, C, 1, 1].
         dilations: of all of these.
@@ -752,12 +775,12 @@ def forward(
     """
     chains, channels = scales.shape
     x, addend = _channels_last(x), None if addend is None else _channels_last(addend)
-    scales = scales.contiguous()
+    scales, affine = scales.contiguous(), [tensor.contiguous() for tensor in affine]
     first = Level(x.relu(), depthwise[:chains], pointwise[:chains], stride, dilations[:chains])
     y, statistics = first.convolve(eps)
     inner = first.new_map(deep * channels)
     if deep:
-        rectify(y, statistics, inner)
+        rectify(y, statistics, affine[1:], inner)
         second = Level(inner, depthwise[chains:], pointwise[chains:], 1, dilations[chains:])
         deep_y, deep_statistics = second.convolve(eps)
         deep_matrices = second.matrices
@@ -768,9 +791,9 @@ def forward(
     pixels, grid, blocks = _tiles(output)
     unit = _unit(channels)
     _sum_maps[grid](
-        deep_y, deep_statistics, y, statistics, scales, addend, output,
-        pixels, channels // unit, FIRST=deep, SECOND=chains - deep,
-        ADDED=addend is not None, UNIT=unit, **blocks,
+        deep_y, deep_statistics, y, statistics, scales, affine[0] if affine else scales,
+        addend, output, pixels, channels // unit, FIRST=deep, SECOND=chains - deep,
+        AFFINE=bool(affine), ADDED=addend is not None, UNIT=unit, **blocks,
     )  # fmt: skip
     levels = first.x, first.matrices, deep_matrices
     return [output, y, statistics, inner, deep_y, deep_statistics, *levels]
@@ -780,6 +803,7 @@ def backward(
     gradient: Tensor,
     x: Tensor,
     scales: Tensor,
+    affine: Sequence[Tensor],
     depthwise: Sequence[Tensor],
     pointwise: Sequence[Tensor],
     kept: Sequence[Tensor],
@@ -788,19 +812,20 @@ def backward(
     stride: int,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    """Gradients of x, of the scales, and of all weights where they are wanted.
+    """Gradients of x, of the scales, and where they are wanted of `affine` and of all weights.
 
     Args:
         gradient: of the sum, [B, G C, H', W'].
         x: as it was given to `forward`, and so is all that is not named here.
         scales: see there.
+        affine: see there.
         depthwise: see there.
         pointwise: see there.
         kept: what it returned behind the sum.
         dilations: see there.
         deep: see there.
         stride: see there.
-        wanted: those of x and of the weights.
+        wanted: those of x, and of the weights and `affine`.
     """
     y, statistics, inner, deep_y, deep_statistics, rectified, matrices, deep_matrices = kept
     of_x, of_weights = wanted
@@ -813,8 +838,10 @@ def backward(
     of_scales = sums[1].view_as(scales)
     if not (of_x or of_weights):
         return [x.new_empty(0), of_scales]
-    own_gradient, own_sums = None, None
+    own_gradient, own_sums, own_scales = None, None, None
     of_deep: tuple[list[Tensor], list[Tensor]] = [], []
+    # The channels' sums of g alone are the shifts', and those of g times a map are the scales'.
+    of_affine = [sums[0][:channels]]
     if deep:
         second = Level(
             inner, depthwise[chains:], pointwise[chains:], 1, dilations[chains:], deep_matrices
@@ -822,19 +849,21 @@ def backward(
         of_y = denormalize(gradient, sums, scales, (deep_y, deep_statistics))
         own_gradient = second.gradient_of_input(of_y)
         own_sums = sum_gradient(own_gradient, 1, (y, statistics))
+        of_affine += (of_maps.view(deep, channels) for of_maps in reversed(own_sums))
+        own_scales = affine[1].contiguous() if affine else None
         if of_weights:
             of_deep = second.gradients_of_weights(of_y)
     first = Level(
         rectified, depthwise[:chains], pointwise[:chains], stride, dilations[:chains], matrices
     )
-    of_y = denormalize(gradient, sums, scales, (y, statistics), own_gradient, own_sums)
+    of_y = denormalize(gradient, sums, scales, (y, statistics), own_gradient, own_sums, own_scales)
     of_input = first.gradient_of_input(of_y) if of_x else x.new_empty(0)
     of_first: tuple[list[Tensor], list[Tensor]] = [], []
     if of_weights:
         of_first = first.gradients_of_weights(of_y)
     (of_depthwise, of_pointwise), (of_deep_depthwise, of_deep_pointwise) = of_first, of_deep
     of_both = *of_depthwise, *of_deep_depthwise, *of_pointwise, *of_deep_pointwise
-    return [of_input, of_scales, *of_both]
+    return [of_input, of_scales, *(of_affine if affine and of_weights else []), *of_both]
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
