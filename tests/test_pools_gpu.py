@@ -62,10 +62,23 @@ def test_of_equal_pixels_the_first_has_the_gradient(case) -> None:
     assert_equal(case, torch.float32, rounded=True)
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 5])
-def test_few_programs_take_many_blocks_of_pixels(blocks, monkeypatch) -> None:
-    monkeypatch.setattr(triton_sums, "MAX_BLOCKS", blocks)
+@pytest.mark.parametrize("multiprocessors", [1, 2, 5])
+def test_few_programs_take_many_blocks_of_pixels(multiprocessors, monkeypatch) -> None:
+    monkeypatch.setattr(triton_sums, "MULTIPROCESSORS", multiprocessors)
     assert_equal(((1, 1, 1), 1, 2, 16, (17, 13)), torch.float32)
+
+
+def test_moments_of_maps_far_from_zero_whose_first_pixels_are_there(monkeypatch) -> None:
+    """They are joined around the mean of the first program's pixels."""
+    monkeypatch.setattr(triton_sums, "MULTIPROCESSORS", 1)
+    torch.manual_seed(0)
+    x = 100 + torch.randn(16, 8, 8, 8)
+    x[:1, :4] = 0
+    _, y, statistics = gpu.forward(x.to(DEVICE), torch.ones(1, 1, device=DEVICE), (0, 1, 0), 1, 0.0)
+    var, mean = torch.var_mean(y.double().cpu(), dim=(0, 2, 3))
+    biased = var * (x[:, 0].numel() - 1) / x[:, 0].numel()
+    for found, expected in zip(statistics.cpu(), (mean, 1 / biased.sqrt(), var), strict=True):
+        assert torch.allclose(found.double(), expected, rtol=1e-4)
 
 
 def test_nan_is_the_highest() -> None:

@@ -100,9 +100,9 @@ def test_a_sum_of_chains_whose_gradients_are_not_all_wanted(wanted) -> None:
     assert_equal(SUMS[4], torch.float32, wanted)
 
 
-@pytest.mark.parametrize("blocks", [1, 3])
-def test_few_programs_take_many_blocks_of_pixels(blocks, monkeypatch) -> None:
-    monkeypatch.setattr(triton_sums, "MAX_BLOCKS", blocks)
+@pytest.mark.parametrize("multiprocessors", [1, 3])
+def test_few_programs_take_many_blocks_of_pixels(multiprocessors, monkeypatch) -> None:
+    monkeypatch.setattr(triton_sums, "MULTIPROCESSORS", multiprocessors)
     assert_equal(((3, 3), (1, 1), 1, 1, 16, 1, (13, 11)), torch.float32)
 
 
@@ -116,8 +116,8 @@ def everything(x: Tensor, scales: Tensor, rest: list[Tensor], options: tuple) ->
 
 
 def test_a_second_time_and_in_other_layouts_it_gives_the_same_bits(monkeypatch) -> None:
-    monkeypatch.setattr(triton_sums, "MAX_BLOCKS", 4)
-    x, scales, weights, options, _ = sum_inputs(((3, 5), (1, 2), 1, 2, 4, 1, (5, 5)), torch.float32)
+    monkeypatch.setattr(triton_sums, "MULTIPROCESSORS", 1)
+    x, scales, weights, options, _ = sum_inputs(((3, 5), (1, 2), 1, 2, 4, 1, (9, 8)), torch.float32)
     x, scales, weights = x.to(DEVICE), scales.to(DEVICE), [w.to(DEVICE) for w in weights]
     expected = everything(x, scales, weights, options)
     wide = torch.cat([x, x], dim=3)

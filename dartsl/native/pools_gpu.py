@@ -15,12 +15,14 @@ from torch import Tensor
 from dartsl.native import pools
 from dartsl.native.triton_sums import (
     counters,
+    finish_moments,
     is_last,
+    moments,
     on_its_device,
-    parts_of,
     room,
     share,
     tile_of,
+    total_of,
 )
 
 # Numbers that no kernel is compiled anew for.
@@ -57,40 +59,6 @@ def _window(
     return highest, first, total / tl.maximum(number, 1.0)[:, None]
 
 
-@triton.jit
-def _moments(value, ok, count, mean, squares):
-    """Mean and squares around it, of so many pixels before and of these (Chan et al., 1979)."""
-    number = tl.sum(ok.to(tl.float32))
-    of_tile = tl.sum(tl.where(ok[:, None], value, 0.0), 0) / tl.maximum(number, 1.0)
-    around = tl.where(ok[:, None], value - of_tile[None, :], 0.0)
-    share = number / tl.maximum(count + number, 1.0)
-    squares += tl.sum(around * around, 0) + (of_tile - mean) * (of_tile - mean) * count * share
-    return mean + (of_tile - mean) * share, squares
-
-
-@triton.jit
-def _finish(
-    partial, statistics, pixels, size, channels, at, ok, eps, C: tl.constexpr, ROWS: tl.constexpr
-):
-    """Of all programs' moments: mean, 1 / sqrt(var + eps), variance without bias."""
-    programs = tl.num_programs(0)
-    mean = tl.zeros([C], tl.float32)
-    squares = tl.zeros([C], tl.float32)
-    for begin in range(0, programs, ROWS):
-        means, _, counts = parts_of(partial, begin, programs, channels, at, pixels, size, ok, ROWS)
-        mean += tl.sum(means * counts, 0)
-    mean /= pixels
-    for begin in range(0, programs, ROWS):
-        means, sums, counts = parts_of(
-            partial, begin, programs, channels, at, pixels, size, ok, ROWS
-        )
-        around = means - mean[None, :]
-        squares += tl.sum(sums + counts * around * around, 0)
-    tl.store(statistics + at, mean, mask=ok)
-    tl.store(statistics + channels + at, 1 / tl.sqrt(squares / pixels + eps), mask=ok)
-    tl.store(statistics + 2 * channels + at, squares / (pixels - 1), mask=ok)
-
-
 @triton.jit(do_not_specialize=SIZES)
 def _pool(
     x, y, partial, counter, statistics, eps,
@@ -116,11 +84,11 @@ def _pool(
         if MAXIMUM:
             highest = highest.to(y.dtype.element_ty)
             tl.store(y + p[:, None] * all_channels + c[None, :], highest, mask=mask)
-            mean, squares = _moments(highest.to(tl.float32), ok, count, mean, squares)
+            mean, squares = moments(highest.to(tl.float32), ok, count, mean, squares)
         if AVERAGE:
             average = average.to(y.dtype.element_ty)
             tl.store(y + p[:, None] * all_channels + second[None, :], average, mask=mask)
-            average_mean, average_squares = _moments(
+            average_mean, average_squares = moments(
                 average.to(tl.float32), ok, count, average_mean, average_squares
             )
         count += tl.sum(ok.to(tl.float32))
@@ -132,11 +100,16 @@ def _pool(
         tl.store(row + second, average_mean, mask=c < channels)
         tl.store(row + all_channels + second, average_squares, mask=c < channels)
     if is_last(counter, block, tl.num_programs(0)):
-        ok = c < channels
+        size, ok = tiles * P, c < channels
+        programs = tl.num_programs(0)
         if MAXIMUM:
-            _finish(partial, statistics, pixels, tiles * P, all_channels, c, ok, eps, C, ROWS)
+            finish_moments(
+                partial, statistics, programs, pixels, size, all_channels, c, ok, eps, C, ROWS
+            )
         if AVERAGE:
-            _finish(partial, statistics, pixels, tiles * P, all_channels, second, ok, eps, C, ROWS)
+            finish_moments(
+                partial, statistics, programs, pixels, size, all_channels, second, ok, eps, C, ROWS
+            )
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -192,42 +165,39 @@ def _sum_edges(
     ok = c < channels
     all_channels = (MAXIMUM + AVERAGE) * channels
     second = MAXIMUM * channels + c
-    total = tl.zeros([C], tl.float32)
-    of_own = tl.zeros([C], tl.float32)
-    of_highest = tl.zeros([C], tl.float32)
-    of_average = tl.zeros([C], tl.float32)
+    # By place in a tile, so that nothing waits for other pixels before the end.
+    total = tl.zeros([P, C], tl.float32)
+    of_own = tl.zeros([P, C], tl.float32)
+    of_highest = tl.zeros([P, C], tl.float32)
+    of_average = tl.zeros([P, C], tl.float32)
     for tile in range(tiles):
         p = (program * tiles + tile) * P + tl.arange(0, P)
         mask = (p < pixels)[:, None] & ok[None, :]
         at = p[:, None] * (edges * channels) + (edge * channels + c)[None, :]
         g = tl.load(gradient + at, mask=mask, other=0.0).to(tl.float32)
-        total += tl.sum(g, 0)
+        total += g
         if IDENTITY:
             at = p[:, None] * channels + c[None, :]
-            of_own += tl.sum(g * tl.load(x + at, mask=mask, other=0.0).to(tl.float32), 0)
+            of_own += g * tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
         if MAXIMUM:
             value = _normalized(y, statistics, p, c, all_channels, mask, ok)
-            of_highest += tl.sum(g * value, 0)
+            of_highest += g * value
         if AVERAGE:
             value = _normalized(y, statistics, p, second, all_channels, mask, ok)
-            of_average += tl.sum(g * value, 0)
+            of_average += g * value
     at = edge * channels + c
     size = edges * channels
     row = partial + program * 4 * size
-    tl.store(row + at, total, mask=ok)
-    tl.store(row + size + at, of_own, mask=ok)
-    tl.store(row + 2 * size + at, of_highest, mask=ok)
-    tl.store(row + 3 * size + at, of_average, mask=ok)
+    tl.store(row + at, tl.sum(total, 0), mask=ok)
+    tl.store(row + size + at, tl.sum(of_own, 0), mask=ok)
+    tl.store(row + 2 * size + at, tl.sum(of_highest, 0), mask=ok)
+    tl.store(row + 3 * size + at, tl.sum(of_average, 0), mask=ok)
     if is_last(counter, edge * tl.num_programs(1) + block, tl.num_programs(0)):
         programs = tl.num_programs(0)
         for part in tl.static_range(4):
-            total = tl.zeros([C], tl.float32)
-            for begin in range(0, programs, ROWS):
-                rows = begin + tl.arange(0, ROWS)
-                where = partial + (rows[:, None] * 4 + part) * size + at[None, :]
-                mask = (rows < programs)[:, None] & ok[None, :]
-                total += tl.sum(tl.load(where, mask=mask, other=0.0, cache_modifier=".cg"), 0)
-            tl.store(totals + part * size + at, total, mask=ok)
+            where = part * size + at
+            total = total_of(partial, programs, 4 * size, where, ok, C, ROWS)
+            tl.store(totals + where, total, mask=ok)
 
 
 @triton.jit
@@ -349,7 +319,7 @@ def forward(
     _pool[programs, columns](
         x, y, room(x, programs * 2 * y.shape[1]), counters(x.device), statistics, eps,
         pixels, *x.shape[2:], *y.shape[2:], stride, tiles, channels, *kinds,
-        P=rows, C=block, ROWS=64,
+        P=rows, C=block, ROWS=4096 // block,
     )  # fmt: skip
     _weigh[triton.cdiv(pixels, rows), columns](
         x, y, statistics, weights, output, pixels, len(weights), channels,
@@ -380,7 +350,7 @@ def backward(
     totals = room(x, 4 * edges * channels)
     _sum_edges[programs, columns, edges](
         gradient, x, y, statistics, room(x, programs * totals.numel()), counters(x.device), totals,
-        pixels, tiles, channels, *maps, P=rows, C=block, ROWS=64,
+        pixels, tiles, channels, *maps, P=rows, C=block, ROWS=4096 // block,
     )  # fmt: skip
     found = [x.new_empty(0), weights.new_empty(0)]
     if of_weights:

@@ -34,12 +34,14 @@ from dartsl.native.separable_sum import MAX_CHAINS
 from dartsl.native.triton_sums import (
     MULTIPROCESSORS,
     counters,
+    finish_moments,
     is_last,
+    moments,
     on_its_device,
-    parts_of,
     room,
     share,
     tile_of,
+    total_of,
 )
 
 # Numbers that no kernel is compiled anew for.
@@ -161,38 +163,16 @@ def _convolve(
         value = product.to(y.dtype.element_ty)
         at = p[:, None] * outputs + (unit * members * O + o)[None, :]
         tl.store(y + at, value, mask=ok[:, None] & o_ok[None, :])
-        # Moments around the mean of so many pixels, joined (Chan et al., 1979).
-        value = value.to(tl.float32)
-        number = tl.sum(ok.to(tl.float32))
-        of_tile = tl.sum(tl.where(ok[:, None], value, 0.0), 0) / tl.maximum(number, 1.0)
-        around = tl.where(ok[:, None], value - of_tile[None, :], 0.0)
-        part = number / tl.maximum(count + number, 1.0)
-        squares += tl.sum(around * around, 0) + (of_tile - mean) * (of_tile - mean) * count * part
-        mean += (of_tile - mean) * part
-        count += number
+        mean, squares = moments(value.to(tl.float32), ok, count, mean, squares)
+        count += tl.sum(ok.to(tl.float32))
     at = unit * members * O + o
     tl.store(partial + program * 2 * outputs + at, mean, mask=o_ok)
     tl.store(partial + (program * 2 + 1) * outputs + at, squares, mask=o_ok)
     if is_last(counter, place, tl.num_programs(0)):
-        programs = tl.num_programs(0)
-        total = tl.zeros([ROWS, BO], tl.float32)
-        for begin in range(0, programs, ROWS):
-            means, _, counts = parts_of(
-                partial, begin, programs, outputs, at, pixels, tiles * P, o_ok, ROWS
-            )
-            total += means * counts
-        mean = tl.sum(total, 0) / pixels
-        total = tl.zeros([ROWS, BO], tl.float32)
-        for begin in range(0, programs, ROWS):
-            means, sums, counts = parts_of(
-                partial, begin, programs, outputs, at, pixels, tiles * P, o_ok, ROWS
-            )
-            around = means - mean[None, :]
-            total += sums + counts * around * around
-        squares = tl.sum(total, 0)
-        tl.store(statistics + at, mean, mask=o_ok)
-        tl.store(statistics + outputs + at, 1 / tl.sqrt(squares / pixels + eps), mask=o_ok)
-        tl.store(statistics + 2 * outputs + at, squares / (pixels - 1), mask=o_ok)
+        finish_moments(
+            partial, statistics, tl.num_programs(0), pixels, tiles * P, outputs, at, o_ok, eps,
+            BO, ROWS,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -295,17 +275,11 @@ def _sum_gradient(
     tl.store(partial + (program * 2 + 1) * row + where, tl.sum(products_of, 0), mask=ok)
     if is_last(counter, which * tl.num_programs(1) + block, tl.num_programs(0)):
         programs = tl.num_programs(0)
-        total = tl.zeros([ROWS, C], tl.float32)
-        product = tl.zeros([ROWS, C], tl.float32)
-        for start in range(0, programs, ROWS):
-            of_g, of_both, _ = parts_of(
-                partial, start, programs, row, where, pixels, tiles * P, ok, ROWS
-            )
-            total += of_g
-            product += of_both
+        total = total_of(partial, programs, 2 * row, where, ok, C, ROWS)
+        product = total_of(partial + row, programs, 2 * row, where, ok, C, ROWS)
         inverse = tl.load(statistics + all_channels + at, mask=ok, other=0.0)
-        tl.store(sums + where, tl.sum(total, 0), mask=ok)
-        tl.store(products + where, tl.sum(product, 0) * inverse, mask=ok)
+        tl.store(sums + where, total, mask=ok)
+        tl.store(products + where, product * inverse, mask=ok)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -402,11 +376,12 @@ def _decompose(
     tap, o, part = tl.arange(0, TAPS), tl.arange(0, BO), tl.arange(0, ROWS)
     ok = (tap < size * size)[:, None] & (o < O)[None, :]
     within = (first_row + tap * I + i)[:, None] * (groups * O) + (group * O + o)[None, :]
-    total = tl.zeros([TAPS, BO], tl.float32)
+    parts = tl.zeros([ROWS, TAPS, BO], tl.float32)
     for start in range(0, programs, ROWS):
         at = (start + part)[:, None, None] * rows * (groups * O) + within[None, :, :]
         mask = (start + part < programs)[:, None, None] & ok[None, :, :]
-        total += tl.sum(tl.load(partial + at, mask=mask, other=0.0), 0)
+        parts += tl.load(partial + at, mask=mask, other=0.0)
+    total = tl.sum(parts, 0)
     depthwise = _of_branch(branch, depthwise_0, depthwise_1, depthwise_2, depthwise_3)
     pointwise = _of_branch(branch, pointwise_0, pointwise_1, pointwise_2, pointwise_3)
     tap_at = (group * I + i) * size * size + tap
@@ -563,12 +538,12 @@ class Level:
         statistics = self.pointwise[0].new_empty(3, channels)
         block, blocks = self.outputs_of_a_program
         pixels = self.pixels_of_a_program(self.pixels, self.units * blocks)
-        programs, tiles = share(self.pixels, pixels, self.units * blocks)
+        programs, tiles = share(self.pixels, pixels, self.units * blocks, self.resident)
         _convolve[programs, self.units * blocks](
             self.x, self.matrices, *self.shapes, y, room(y, programs * 2 * channels),
             counters(y.device), statistics, eps,
             self.pixels, self.groups, self.members, blocks, self.sources, tiles,
-            P=pixels, BK=self.inner_block, BO=block, ROWS=2048 // block, **self.constants,
+            P=pixels, BK=self.inner_block, BO=block, ROWS=4096 // block, **self.constants,
         )  # fmt: skip
         return y, statistics
 
@@ -604,8 +579,8 @@ class Level:
         block, blocks = self.outputs_of_a_program
         line = self.wide_block if self.x.element_size() == 2 else self.block
         lines = triton.cdiv(self.taps * self.inputs, line)
-        # Half as many programs as elsewhere, for each writes down a whole block.
-        programs, tiles = share(self.pixels, self.inner_block, 2 * lines * self.units * blocks)
+        columns = lines * self.units * blocks
+        programs, tiles = share(self.pixels, self.inner_block, columns, self.resident)
         partial = room(gradient, programs * self.matrices.numel())
         _gradient_of_matrices[programs, lines, self.units * blocks](
             gradient, self.x, *self.shapes, partial,
@@ -618,7 +593,8 @@ class Level:
         _decompose[self.inputs, self.groups, self.branches](
             partial, *_four(self.depthwise), *_four(self.pointwise), *_four(of_depthwise),
             *_four(of_pointwise), *self.shapes[:MAX_CHAINS], programs, self.rows,
-            self.inputs, self.outputs, TAPS=taps, BO=outer, ROWS=max(1, 4096 // (taps * outer)),
+            self.inputs, self.outputs, TAPS=taps, BO=outer, ROWS=max(1, 16384 // (taps * outer)),
+            num_warps=8,
         )  # fmt: skip
         return of_depthwise, of_pointwise
 
@@ -635,6 +611,11 @@ class Level:
     def inner_block(self) -> int:
         """How many numbers a row and a column are multiplied over at once."""
         return self.inner_bytes // self.x.element_size()
+
+    @property
+    def resident(self) -> int:
+        """Programs of a multiprocessor; more where some branches take longer, to even them out."""
+        return 2 if self.branches == 1 else 4
 
     def pixels_of_a_program(self, pixels: int, columns: int) -> int:
         """As many as registers take, but fewer where some multiprocessors had nothing to do.
@@ -682,7 +663,7 @@ def sum_gradient(
     _sum_gradient[programs, blocks, maps](
         gradient, *first, *second, room(gradient, programs * 2 * maps * channels),
         counters(gradient.device), *sums, pixels, tiles,
-        *(width // unit for width in widths), split, UNIT=unit, P=rows, C=block, ROWS=2048 // block,
+        *(width // unit for width in widths), split, UNIT=unit, P=rows, C=block, ROWS=4096 // block,
     )  # fmt: skip
     return cast(Sums, sums)
 

@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 MULTIPROCESSORS = 132  # of a Hopper GPU
-MAX_BLOCKS = 8 * MULTIPROCESSORS  # of a kernel that adds over pixels
 
 
 @triton.jit
@@ -35,19 +34,60 @@ def is_last(counter, group, programs):
 
 
 @triton.jit
-def parts_of(partial, begin, programs, outputs, at, pixels, size, ok, ROWS: tl.constexpr):
-    """Two sums [R, O] of R programs, and the pixels [R, 1] that each has seen."""
+def parts_of(partial, begin, programs, columns, at, mask_of_columns, ROWS: tl.constexpr):
+    """What R programs have written for columns [C] of a row, [R, C]; their rows [R]."""
     rows = begin + tl.arange(0, ROWS)
-    mask = (rows < programs)[:, None] & ok[None, :]
-    where = partial + rows[:, None] * 2 * outputs + at[None, :]
-    counts = tl.minimum(tl.maximum(pixels - rows * size, 0), size).to(tl.float32)
+    mask = (rows < programs)[:, None] & mask_of_columns[None, :]
     # Past the first cache, which may hold what was there before.
-    one = tl.load(where, mask=mask, other=0.0, cache_modifier=".cg")
-    return (
-        one,
-        tl.load(where + outputs, mask=mask, other=0.0, cache_modifier=".cg"),
-        counts[:, None],
-    )
+    where = partial + rows[:, None] * columns + at[None, :]
+    return tl.load(where, mask=mask, other=0.0, cache_modifier=".cg"), rows
+
+
+@triton.jit
+def total_of(partial, programs, columns, at, ok, C: tl.constexpr, ROWS: tl.constexpr):
+    """The sum of all programs' numbers for columns [C]."""
+    total = tl.zeros([ROWS, C], tl.float32)
+    for begin in range(0, programs, ROWS):
+        total += parts_of(partial, begin, programs, columns, at, ok, ROWS)[0]
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def moments(value, ok, count, mean, squares):
+    """Mean and squares around it, of so many pixels before and of these (Chan et al., 1979)."""
+    number = tl.sum(ok.to(tl.float32))
+    of_tile = tl.sum(tl.where(ok[:, None], value, 0.0), 0) / tl.maximum(number, 1.0)
+    around = tl.where(ok[:, None], value - of_tile[None, :], 0.0)
+    part = number / tl.maximum(count + number, 1.0)
+    squares += tl.sum(around * around, 0) + (of_tile - mean) * (of_tile - mean) * count * part
+    return mean + (of_tile - mean) * part, squares
+
+
+@triton.jit
+def finish_moments(
+    partial, statistics, programs, pixels, size, channels, at, ok, eps,
+    C: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Of the moments of all programs: mean, 1 / sqrt(var + eps), variance without bias.
+
+    A program's row has the means of its pixels, which are `size` but for the last one, and the
+    squares around them. They are joined around the first program's means.
+    """
+    center = tl.load(partial + at, mask=ok, other=0.0, cache_modifier=".cg")
+    first = tl.zeros([ROWS, C], tl.float32)
+    second = tl.zeros([ROWS, C], tl.float32)
+    for begin in range(0, programs, ROWS):
+        means, rows = parts_of(partial, begin, programs, 2 * channels, at, ok, ROWS)
+        squares, _ = parts_of(partial + channels, begin, programs, 2 * channels, at, ok, ROWS)
+        counts = tl.minimum(tl.maximum(pixels - rows * size, 0), size).to(tl.float32)[:, None]
+        away = means - center[None, :]
+        first += counts * away
+        second += squares + counts * away * away
+    away = tl.sum(first, 0) / pixels
+    var = tl.maximum(tl.sum(second, 0) / pixels - away * away, 0.0)
+    tl.store(statistics + at, center + away, mask=ok)
+    tl.store(statistics + channels + at, 1 / tl.sqrt(var + eps), mask=ok)
+    tl.store(statistics + 2 * channels + at, var * (pixels / (pixels - 1)), mask=ok)
 
 
 def room(like: Tensor, size: int) -> Tensor:
@@ -65,16 +105,19 @@ def counters(device: torch.device) -> Tensor:
     return _COUNTERS[device]
 
 
-def share(pixels: int, block: int, columns: int) -> tuple[int, int]:
+def share(pixels: int, block: int, columns: int, resident: int = 4) -> tuple[int, int]:
     """Programs among which so many pixels are parted, in blocks, and how many blocks each takes.
+
+    Few: what each of them has found is added by the last one alone.
 
     Args:
         pixels: N.
         block: pixels of a block.
         columns: how often the programs are there beside each other.
+        resident: how many a multiprocessor is given, of all columns.
     """
     blocks = triton.cdiv(pixels, block)
-    tiles = triton.cdiv(blocks, max(1, MAX_BLOCKS // columns))
+    tiles = triton.cdiv(blocks, max(1, resident * MULTIPROCESSORS // columns))
     return triton.cdiv(blocks, tiles), tiles
 
 
