@@ -196,8 +196,8 @@ def _sum_edges(
         programs = tl.num_programs(0)
         for part in tl.static_range(4):
             where = part * size + at
-            total = total_of(partial, programs, 4 * size, where, ok, C, ROWS)
-            tl.store(totals + where, total, mask=ok)
+            of_all = total_of(partial, programs, 4 * size, where, ok, C, ROWS)
+            tl.store(totals + where, of_all, mask=ok)
 
 
 @triton.jit
