@@ -319,6 +319,17 @@ def test_a_chain_of_the_final_network_is_its_modules(operation, here, monkeypatc
     assert operation.op[3].num_batches_tracked == 2
 
 
+def test_chains_with_norms_of_their_own_are_summed(here) -> None:
+    torch.manual_seed(0)
+    ops = [DilatedConv(4, 3, 1, True).to(DEVICE), SeparableConv(4, 5, 1, True).to(DEVICE)]
+    for parameter in (p for op in ops for p in op.parameters()):
+        nn.init.normal_(parameter)
+    x, chains = torch.randn(2, 4, 5, 5, device=DEVICE), [units_of(op.op) for op in ops]
+    assert can_sum(chains, x)
+    found, expected = fused_sum(chains, x), sum(nn.Sequential.forward(op.op, x) for op in ops)
+    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
 def test_which_chains_are_summed(here) -> None:
     x = torch.randn(2, 4, 5, 5, device=DEVICE)
     rows = list(torch.ones(5, 8, device=DEVICE))
