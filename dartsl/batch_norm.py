@@ -89,8 +89,8 @@ def follow(running: Sequence[Tensor], batch: Sequence[Tensor], momentum: float) 
 
 
 def count(norm: Any) -> None:
-    """Let an `nn.BatchNorm2d` count a batch, when `follow` follows it; others count themselves."""
-    if not isinstance(norm, nn.BatchNorm2d) or norm.num_batches_tracked is None:
+    """Let an `nn.BatchNorm2d` count a batch, when `follow` follows it; no other norm."""
+    if type(norm) is not nn.BatchNorm2d or norm.num_batches_tracked is None:
         return
     together = _together()
     if together is None:

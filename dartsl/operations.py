@@ -132,7 +132,7 @@ class EvenAndOddPixels(torch.autograd.Function):
 class SeparableChain(nn.Sequential):
     """ReLU, depthwise, pointwise, BatchNorm, once or several times: one layer after the other.
 
-    In training, the layers that follow each other are one operation (`dartsl.separable`).
+    In training, the layers are one operation where that can be (`dartsl.separable`).
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ class SeparableChain(nn.Sequential):
         units = units_of(self)
         if can_fuse(units, input):
             return fused(units, input)
-        if sums_chains(input) and can_sum([units], input):
+        if can_sum([units], input) and sums_chains(input):
             return fused_sum([units], input)
         return super().forward(input)
 

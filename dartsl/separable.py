@@ -30,9 +30,10 @@ from dartsl.fused import (
 from dartsl.native.separable import KERNELS
 from dartsl.native.separable_sum import MAX_CHAINS
 
-# Images, channels, their height and width: what the largest programs take.
+# Images, channels, their height and width: few pixels, so that a CPU computes it soon.
 TRIAL = 64, 64, 8
-# Where more products are summed, two convolutions as one take more time than one by one.
+# Where more products are summed, two convolutions as one should take longer than one by one: an
+# estimate, no measurement.
 MAX_DEPTH = 4096
 Options = tuple[Sequence[int], int, int, float]  # dilations, deep, stride, eps
 
@@ -261,10 +262,11 @@ def can_sum(
     given: Sequence[Tensor | None] = [None] * len(chains) if scales is None else scales
     return (
         0 < len(first) == len(chains) <= MAX_CHAINS
-        # Their maps stand beside each other, counted in 32 bits.
-        and len(first) * len(first[0].pointwise.weight) * x[:, 0].numel() < 2**31
         and all(len(chain) <= 2 for chain in chains)
+        and x.dim() == 4
         and x.shape[1] == first[0].pointwise.weight.shape[1]
+        # Their maps stand beside each other, counted in 32 bits.
+        and len(first) * len(first[0].pointwise.weight) * (x.numel() // x.shape[1]) < 2**31
         and all(unit.pointwise.weight.shape == first[0].pointwise.weight.shape for unit in units)
         and all(_depth(unit) <= MAX_DEPTH for unit in units)
         and len(first[0].depthwise.weight) == len(first[0].pointwise.weight)

@@ -84,7 +84,8 @@ def finish_moments(
         first += counts * away
         second += squares + counts * away * away
     away = tl.sum(first, 0) / pixels
-    var = tl.maximum(tl.sum(second, 0) / pixels - away * away, 0.0)
+    var = tl.sum(second, 0) / pixels - away * away
+    var = tl.where(var < 0, 0.0, var)  # NaN stays
     tl.store(statistics + at, center + away, mask=ok)
     tl.store(statistics + channels + at, 1 / tl.sqrt(var + eps), mask=ok)
     tl.store(statistics + 2 * channels + at, var * (pixels / (pixels - 1)), mask=ok)
