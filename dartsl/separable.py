@@ -308,21 +308,24 @@ def fused_sum(
     assert types is not None
     # Chains of two units first.
     order = sorted(range(len(chains)), key=lambda chain: -len(chains[chain]))
-    units = [chains[chain][0] for chain in order]
-    second = [chains[chain][1] for chain in order if len(chains[chain]) == 2]
+    chains = [chains[chain] for chain in order]
+    units = [chain[0] for chain in chains]
+    second = [chain[1] for chain in chains if len(chain) == 2]
     affine: list[Tensor] = []
     if scales is None:
-        last = [chains[chain][-1].norm for chain in order]
-        scales = [chains[chain][-1].norm.weight for chain in range(len(chains))]
+        last = [chain[-1].norm for chain in chains]
+        rows = [norm.weight for norm in last]
         affine = [functools.reduce(torch.add, (norm.bias for norm in last))]
         if second:
             inner = [unit.norm for unit in units[: len(second)]]
             affine += _rows([norm.weight for norm in inner]), _rows([norm.bias for norm in inner])
+    else:
+        rows = [scales[chain] for chain in order]
     dilations = [unit.depthwise.dilation[0] for unit in units + second]
     options = dilations, len(second), units[0].depthwise.stride[0], units[0].norm.eps
     output, *statistics = SeparableSum.apply(
         x.to(types.maps),
-        _rows([scales[chain] for chain in order]),
+        _rows(rows),
         addend,
         options,
         *affine,

@@ -59,6 +59,7 @@ def separable_sums(gpu: ModuleType, dtype: torch.dtype) -> None:
     for batch, channels, size, kernels, deep, edges, stride, affine in (
         (64, 16, 32, (3, 5, 3, 5), 2, 4, 2, False),
         (96, 36, 32, (3,), 1, 1, 1, True),
+        (64, 64, 8, (3, 5), 0, 3, 1, False),  # chains apart, for there are few pixels
     ):
         total, all_kernels = edges * channels, kernels + kernels[:deep]
         x = channels_last(batch, channels, size, dtype)

@@ -20,6 +20,7 @@ from dartsl.native.triton_sums import (
     moments,
     on_its_device,
     room,
+    rows_at_once,
     share,
     tile_of,
     total_of,
@@ -101,14 +102,11 @@ def _pool(
         tl.store(row + all_channels + second, average_squares, mask=c < channels)
     if is_last(counter, block, tl.num_programs(0)):
         size, ok = tiles * P, c < channels
-        programs = tl.num_programs(0)
         if MAXIMUM:
-            finish_moments(
-                partial, statistics, programs, pixels, size, all_channels, c, ok, eps, C, ROWS
-            )
+            finish_moments(partial, statistics, pixels, size, all_channels, c, ok, eps, C, ROWS)
         if AVERAGE:
             finish_moments(
-                partial, statistics, programs, pixels, size, all_channels, second, ok, eps, C, ROWS
+                partial, statistics, pixels, size, all_channels, second, ok, eps, C, ROWS
             )
 
 
@@ -193,10 +191,9 @@ def _sum_edges(
     tl.store(row + 2 * size + at, tl.sum(of_highest, 0), mask=ok)
     tl.store(row + 3 * size + at, tl.sum(of_average, 0), mask=ok)
     if is_last(counter, edge * tl.num_programs(1) + block, tl.num_programs(0)):
-        programs = tl.num_programs(0)
         for part in tl.static_range(4):
             where = part * size + at
-            of_all = total_of(partial, programs, 4 * size, where, ok, C, ROWS)
+            of_all = total_of(partial, 4 * size, where, ok, C, ROWS)
             tl.store(totals + where, of_all, mask=ok)
 
 
@@ -319,7 +316,7 @@ def forward(
     _pool[programs, columns](
         x, y, room(x, programs * 2 * y.shape[1]), counters(x.device), statistics, eps,
         pixels, *x.shape[2:], *y.shape[2:], stride, tiles, channels, *kinds,
-        P=rows, C=block, ROWS=4096 // block,
+        P=rows, C=block, ROWS=rows_at_once(block),
     )  # fmt: skip
     _weigh[triton.cdiv(pixels, rows), columns](
         x, y, statistics, weights, output, pixels, len(weights), channels,
@@ -350,7 +347,7 @@ def backward(
     totals = room(x, 4 * edges * channels)
     _sum_edges[programs, columns, edges](
         gradient, x, y, statistics, room(x, programs * totals.numel()), counters(x.device), totals,
-        pixels, tiles, channels, *maps, P=rows, C=block, ROWS=4096 // block,
+        pixels, tiles, channels, *maps, P=rows, C=block, ROWS=rows_at_once(block),
     )  # fmt: skip
     found = [x.new_empty(0), weights.new_empty(0)]
     if of_weights:

@@ -39,6 +39,7 @@ from dartsl.native.triton_sums import (
     moments,
     on_its_device,
     room,
+    rows_at_once,
     share,
     tile_of,
     total_of,
@@ -169,10 +170,7 @@ def _convolve(
     tl.store(partial + program * 2 * outputs + at, mean, mask=o_ok)
     tl.store(partial + (program * 2 + 1) * outputs + at, squares, mask=o_ok)
     if is_last(counter, place, tl.num_programs(0)):
-        finish_moments(
-            partial, statistics, tl.num_programs(0), pixels, tiles * P, outputs, at, o_ok, eps,
-            BO, ROWS,
-        )  # fmt: skip
+        finish_moments(partial, statistics, pixels, tiles * P, outputs, at, o_ok, eps, BO, ROWS)
 
 
 @triton.jit
@@ -274,9 +272,8 @@ def _sum_gradient(
     tl.store(partial + program * 2 * row + where, tl.sum(totals, 0), mask=ok)
     tl.store(partial + (program * 2 + 1) * row + where, tl.sum(products_of, 0), mask=ok)
     if is_last(counter, which * tl.num_programs(1) + block, tl.num_programs(0)):
-        programs = tl.num_programs(0)
-        total = total_of(partial, programs, 2 * row, where, ok, C, ROWS)
-        product = total_of(partial + row, programs, 2 * row, where, ok, C, ROWS)
+        total = total_of(partial, 2 * row, where, ok, C, ROWS)
+        product = total_of(partial + row, 2 * row, where, ok, C, ROWS)
         inverse = tl.load(statistics + all_channels + at, mask=ok, other=0.0)
         tl.store(sums + where, total, mask=ok)
         tl.store(products + where, product * inverse, mask=ok)
@@ -543,7 +540,7 @@ class Level:
             self.x, self.matrices, *self.shapes, y, room(y, programs * 2 * channels),
             counters(y.device), statistics, eps,
             self.pixels, self.groups, self.members, blocks, self.sources, tiles,
-            P=pixels, BK=self.inner_block, BO=block, ROWS=4096 // block, **self.constants,
+            P=pixels, BK=self.inner_block, BO=block, ROWS=rows_at_once(block), **self.constants,
         )  # fmt: skip
         return y, statistics
 
@@ -593,7 +590,7 @@ class Level:
         _decompose[self.inputs, self.groups, self.branches](
             partial, *_four(self.depthwise), *_four(self.pointwise), *_four(of_depthwise),
             *_four(of_pointwise), *self.shapes[:MAX_CHAINS], programs, self.rows,
-            self.inputs, self.outputs, TAPS=taps, BO=outer, ROWS=max(1, 16384 // (taps * outer)),
+            self.inputs, self.outputs, TAPS=taps, BO=outer, ROWS=rows_at_once(taps * outer // 4),
             num_warps=8,
         )  # fmt: skip
         return of_depthwise, of_pointwise
@@ -663,7 +660,8 @@ def sum_gradient(
     _sum_gradient[programs, blocks, maps](
         gradient, *first, *second, room(gradient, programs * 2 * maps * channels),
         counters(gradient.device), *sums, pixels, tiles,
-        *(width // unit for width in widths), split, UNIT=unit, P=rows, C=block, ROWS=4096 // block,
+        *(width // unit for width in widths), split,
+        UNIT=unit, P=rows, C=block, ROWS=rows_at_once(block),
     )  # fmt: skip
     return cast(Sums, sums)
 

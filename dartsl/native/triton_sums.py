@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 MULTIPROCESSORS = 132  # of a Hopper GPU
+PARTS = 4096  # numbers that a program adds at once: what registers hold
 
 
 @triton.jit
@@ -34,21 +35,21 @@ def is_last(counter, group, programs):
 
 
 @triton.jit
-def parts_of(partial, begin, programs, columns, at, mask_of_columns, ROWS: tl.constexpr):
+def parts_of(partial, begin, columns, at, ok, ROWS: tl.constexpr):
     """What R programs have written for columns [C] of a row, [R, C]; their rows [R]."""
     rows = begin + tl.arange(0, ROWS)
-    mask = (rows < programs)[:, None] & mask_of_columns[None, :]
+    mask = (rows < tl.num_programs(0))[:, None] & ok[None, :]
     # Past the first cache, which may hold what was there before.
     where = partial + rows[:, None] * columns + at[None, :]
     return tl.load(where, mask=mask, other=0.0, cache_modifier=".cg"), rows
 
 
 @triton.jit
-def total_of(partial, programs, columns, at, ok, C: tl.constexpr, ROWS: tl.constexpr):
+def total_of(partial, columns, at, ok, C: tl.constexpr, ROWS: tl.constexpr):
     """The sum of all programs' numbers for columns [C]."""
     total = tl.zeros([ROWS, C], tl.float32)
-    for begin in range(0, programs, ROWS):
-        total += parts_of(partial, begin, programs, columns, at, ok, ROWS)[0]
+    for begin in range(0, tl.num_programs(0), ROWS):
+        total += parts_of(partial, begin, columns, at, ok, ROWS)[0]
     return tl.sum(total, 0)
 
 
@@ -65,7 +66,7 @@ def moments(value, ok, count, mean, squares):
 
 @triton.jit
 def finish_moments(
-    partial, statistics, programs, pixels, size, channels, at, ok, eps,
+    partial, statistics, pixels, size, channels, at, ok, eps,
     C: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Of the moments of all programs: mean, 1 / sqrt(var + eps), variance without bias.
@@ -76,9 +77,9 @@ def finish_moments(
     center = tl.load(partial + at, mask=ok, other=0.0, cache_modifier=".cg")
     first = tl.zeros([ROWS, C], tl.float32)
     second = tl.zeros([ROWS, C], tl.float32)
-    for begin in range(0, programs, ROWS):
-        means, rows = parts_of(partial, begin, programs, 2 * channels, at, ok, ROWS)
-        squares, _ = parts_of(partial + channels, begin, programs, 2 * channels, at, ok, ROWS)
+    for begin in range(0, tl.num_programs(0), ROWS):
+        means, rows = parts_of(partial, begin, 2 * channels, at, ok, ROWS)
+        squares, _ = parts_of(partial + channels, begin, 2 * channels, at, ok, ROWS)
         counts = tl.minimum(tl.maximum(pixels - rows * size, 0), size).to(tl.float32)[:, None]
         away = means - center[None, :]
         first += counts * away
@@ -89,6 +90,11 @@ def finish_moments(
     tl.store(statistics + at, center + away, mask=ok)
     tl.store(statistics + channels + at, 1 / tl.sqrt(var + eps), mask=ok)
     tl.store(statistics + 2 * channels + at, var * (pixels / (pixels - 1)), mask=ok)
+
+
+def rows_at_once(columns: int) -> int:
+    """Of so many columns of what programs have written, the rows that the last one adds at once."""
+    return max(1, PARTS // columns)
 
 
 def room(like: Tensor, size: int) -> Tensor:
