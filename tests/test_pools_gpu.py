@@ -68,6 +68,12 @@ def test_few_programs_take_many_blocks_of_pixels(multiprocessors, monkeypatch) -
     assert_equal(((1, 1, 1), 1, 2, 16, (17, 13)), torch.float32)
 
 
+def test_the_last_program_adds_in_several_rounds(monkeypatch) -> None:
+    """Of seven programs' parts, two at once."""
+    monkeypatch.setattr(triton_sums, "PARTS", 32)
+    assert_equal(((1, 1, 1), 1, 2, 16, (17, 13)), torch.float32)
+
+
 def test_moments_of_maps_far_from_zero_whose_first_pixels_are_there(monkeypatch) -> None:
     """They are joined around the mean of the first program's pixels."""
     monkeypatch.setattr(triton_sums, "MULTIPROCESSORS", 1)

@@ -21,13 +21,19 @@ from dartsl.separable import (
     _formula_of_sum,
     _parts,
     can_sum,
-    fused,
     fused_sum,
     units_of,
 )
 from tests.triton_kernels import DEVICE, TOLERANCE, TYPES, difference, load
 
 gpu, triton_sums = load("separable_sum_gpu"), load("triton_sums")
+
+
+@pytest.fixture(autouse=True)
+def exact_convolutions(monkeypatch) -> None:
+    """PyTorch's modules, which the kernels are compared with, in whole single precision."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
 
 # kernels of the chains, dilations, how many have a second unit, edges, channels, stride, image
 SUMS = [
@@ -103,6 +109,12 @@ def test_a_sum_of_chains_whose_gradients_are_not_all_wanted(wanted) -> None:
 @pytest.mark.parametrize("multiprocessors", [1, 3])
 def test_few_programs_take_many_blocks_of_pixels(multiprocessors, monkeypatch) -> None:
     monkeypatch.setattr(triton_sums, "MULTIPROCESSORS", multiprocessors)
+    assert_equal(((3, 3), (1, 1), 1, 1, 16, 1, (13, 11)), torch.float32)
+
+
+def test_the_last_program_adds_in_several_rounds(monkeypatch) -> None:
+    """Of five programs' parts, one or two at once."""
+    monkeypatch.setattr(triton_sums, "PARTS", 32)
     assert_equal(((3, 3), (1, 1), 1, 1, 16, 1, (13, 11)), torch.float32)
 
 
@@ -242,6 +254,15 @@ def test_kernels_that_do_not_compile_are_not_used(trial, monkeypatch, caplog) ->
     assert caplog.messages[0].endswith("PyTorch computes it: out of resource: shared memory")
 
 
+def by_modules(units: list[Unit], x: Tensor, scale: Tensor, addend: Tensor) -> Tensor:
+    """A merged chain, module by module."""
+    x = torch.cat([x] * (len(scale) // x.shape[1]), dim=1)
+    for unit in units:
+        x = unit.pointwise(unit.depthwise(unit.relu(x)))
+        x = unit.norm(x, *([scale, addend] if unit is units[-1] else []))
+    return x
+
+
 def test_summed_chains_are_the_chains_one_after_the_other(here) -> None:
     """The output, all gradients, second derivatives and running statistics."""
     torch.manual_seed(0)
@@ -261,7 +282,7 @@ def test_summed_chains_are_the_chains_one_after_the_other(here) -> None:
             total = fused_sum(chains, given, rows, total)
         else:
             for units, row in zip(chains, rows, strict=True):
-                total = fused(units, given, row, total)
+                total = by_modules(units, given, row, total)
         inputs += weights
         value = total.square().sum()
         first = torch.autograd.grad(value, inputs, retain_graph=True)

@@ -587,6 +587,7 @@ class Level:
         of_depthwise = [torch.empty_like(weight) for weight in self.depthwise]
         of_pointwise = [torch.empty_like(weight) for weight in self.pointwise]
         taps, outer = triton.next_power_of_2(self.taps), triton.next_power_of_2(self.outputs)
+        # By twice the warps, whose registers hold little else.
         _decompose[self.inputs, self.groups, self.branches](
             partial, *_four(self.depthwise), *_four(self.pointwise), *_four(of_depthwise),
             *_four(of_pointwise), *self.shapes[:MAX_CHAINS], programs, self.rows,
