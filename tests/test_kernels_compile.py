@@ -15,6 +15,7 @@ from tests.triton_kernels import load
 SHARED_MEMORY = 99 * 1024
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("capability", "dtype"), [(80, "float32"), (90, "bfloat16")])
 def test_kernels_compile(capability, dtype, tmp_path) -> None:
     modules = load("separable_sum_gpu"), load("pools_gpu")
