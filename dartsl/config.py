@@ -12,7 +12,7 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, cast
 
@@ -229,7 +229,7 @@ OF_THE_MACHINE = (
 )  # fmt: skip
 
 
-def find_mistake(error: BaseException | None, groups: Iterable[str]) -> UserError | None:
+def find_mistake(error: BaseException | None, groups: Collection[str]) -> UserError | None:
     """The mistake behind an exception; Hydra and OmegaConf wrap those of what they build.
 
     Args:
@@ -254,11 +254,9 @@ def find_mistake(error: BaseException | None, groups: Iterable[str]) -> UserErro
     if isinstance(error, ConfigAttributeError | ConfigKeyError):
         node, _, key = str(error.full_key).rpartition(".")
         choices = {str(key) for key in error.parent_node or ()}
-        return (
-            unknown(f"key of {node}", key, choices)
-            if node
-            else unknown("key", key, choices.union(groups))
-        )
+        if node:
+            return unknown(f"key of {node}", key, choices)
+        return _no_part(key) if key in groups else unknown("key", key, choices.union(groups))
     if isinstance(error, OverrideParseException):
         return UserError(f"Cannot read {error.override!r}: {str(error).splitlines()[0]}.")
     if isinstance(error, TypeError) and _raised_in(error) == "hydra._internal.defaults_list":
@@ -266,9 +264,7 @@ def find_mistake(error: BaseException | None, groups: Iterable[str]) -> UserErro
     cause = error.__cause__ or error.__context__
     refused = re.match(r"Could not override '(\w+)'", str(error))
     if isinstance(error, ConfigCompositionException) and cause is None and refused:
-        return UserError(
-            f"{refused[1]!r} is no part of this experiment; what is, `--cfg job` shows."
-        )
+        return _no_part(refused[1])
     if isinstance(error, ConfigCompositionException) and isinstance(cause, GrammarParseError):
         return UserError(f"{error}: {' '.join(str(cause).split())}.")
     mistake = find_mistake(cause, groups)
@@ -278,6 +274,10 @@ def find_mistake(error: BaseException | None, groups: Iterable[str]) -> UserErro
     ):
         return UserError(" ".join(str(error).split()))
     return mistake
+
+
+def _no_part(name: str) -> UserError:
+    return UserError(f"{name!r} is no part of this experiment; what is, `--cfg job` shows.")
 
 
 def _raised_in(error: BaseException) -> str | None:

@@ -439,6 +439,8 @@ experiment=search_digits hardwar=gpu
     Unknown key 'hardwar'. Did you mean 'hardware'?
 method=pc_darts
     'method' is no part of this experiment
+optimizer.weights.lr=0.1
+    'optimizer' is no part of this experiment
 experiment=search_digits search_space.primitives=[none,sep_conv_3x4]
     Unknown primitive 'sep_conv_3x4'. Did you mean 'sep_conv_3x3'?
 experiment=search_digits search_space.primitives=[none]
