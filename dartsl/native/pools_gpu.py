@@ -27,11 +27,11 @@ from dartsl.native.triton_sums import (
 )
 
 # Numbers that no kernel is compiled anew for.
-SIZES = ["pixels", "height", "width", "out_height", "out_width", "step", "tiles", "edges"]
+SIZES = ["pixels", "tiles", "edges"]
 
 
 @triton.jit
-def _pixel(x, ok, b, row, column, height, width, channels, c):
+def _pixel(x, ok, b, row, column, height: tl.constexpr, width: tl.constexpr, channels, c):
     """Pixels of x [P, C], and which of them there are [P]."""
     ok = ok & (row >= 0) & (row < height) & (column >= 0) & (column < width)
     at = ((b * height + row) * width + column)[:, None] * channels + c[None, :]
@@ -41,7 +41,8 @@ def _pixel(x, ok, b, row, column, height, width, channels, c):
 
 @triton.jit
 def _window(
-    x, ok, b, h, w, height, width, step, channels, c, P: tl.constexpr, C: tl.constexpr
+    x, ok, b, h, w, height: tl.constexpr, width: tl.constexpr, step: tl.constexpr, channels, c,
+    P: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The highest of 3 x 3 pixels, which of them it is first, and their average."""
     highest = tl.full([P, C], float("-inf"), tl.float32)
@@ -63,7 +64,9 @@ def _window(
 @triton.jit(do_not_specialize=SIZES)
 def _pool(
     x, y, partial, counter, statistics, eps,
-    pixels, height, width, out_height, out_width, step, tiles, channels,
+    pixels, tiles, channels,
+    height: tl.constexpr, width: tl.constexpr,
+    out_height: tl.constexpr, out_width: tl.constexpr, step: tl.constexpr,
     MAXIMUM: tl.constexpr, AVERAGE: tl.constexpr,
     P: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -221,7 +224,9 @@ def _of_map(
 @triton.jit(do_not_specialize=SIZES)
 def _of_maps(
     gradient, x, y, statistics, weights, totals, found, first,
-    pixels, height, width, out_height, out_width, step, edges, channels,
+    pixels, edges, channels,
+    height: tl.constexpr, width: tl.constexpr,
+    out_height: tl.constexpr, out_width: tl.constexpr, step: tl.constexpr,
     IDENTITY: tl.constexpr, MAXIMUM: tl.constexpr, AVERAGE: tl.constexpr,
     P: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
@@ -271,8 +276,9 @@ def _of_maps(
 
 @triton.jit(do_not_specialize=[*SIZES, "out_pixels"])
 def _gather(
-    found, first, x_gradient,
-    pixels, height, width, out_pixels, out_height, out_width, step, channels,
+    found, first, x_gradient, pixels, out_pixels, channels,
+    height: tl.constexpr, width: tl.constexpr,
+    out_height: tl.constexpr, out_width: tl.constexpr, step: tl.constexpr,
     IDENTITY: tl.constexpr, MAXIMUM: tl.constexpr, AVERAGE: tl.constexpr,
     P: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
@@ -315,7 +321,7 @@ def forward(
     programs, tiles = share(pixels, rows, columns)
     _pool[programs, columns](
         x, y, room(x, programs * 2 * y.shape[1]), counters(x.device), statistics, eps,
-        pixels, *x.shape[2:], *y.shape[2:], stride, tiles, channels, *kinds,
+        pixels, tiles, channels, *x.shape[2:], *y.shape[2:], stride, *kinds,
         P=rows, C=block, ROWS=rows_at_once(block),
     )  # fmt: skip
     _weigh[triton.cdiv(pixels, rows), columns](
@@ -361,13 +367,11 @@ def backward(
         sizes = *x.shape[2:], *y.shape[2:], stride
         _of_maps[triton.cdiv(pixels, rows), columns](
             gradient, x, y, statistics, weights, totals, of_maps, first,
-            pixels, *sizes, edges, channels, *maps, P=rows, C=block,
+            pixels, edges, channels, *sizes, *maps, P=rows, C=block,
         )  # fmt: skip
-        height, width, *rest = sizes
-        x_pixels = x.shape[0] * height * width
+        x_pixels = x.numel() // channels
         _gather[triton.cdiv(x_pixels, rows), columns](
-            of_maps, first, found[0], x_pixels, height, width, pixels, *rest,
-            channels, *maps, P=rows, C=block,
+            of_maps, first, found[0], x_pixels, pixels, channels, *sizes, *maps, P=rows, C=block,
         )  # fmt: skip
     return found
 

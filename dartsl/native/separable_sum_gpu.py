@@ -47,7 +47,7 @@ from dartsl.native.triton_sums import (
 
 # Numbers that no kernel is compiled anew for.
 SIZES = [
-    "pixels", "tiles", "groups", "members", "blocks", "split", "summed", "programs", "sources",
+    "pixels", "numbers", "tiles", "groups", "members", "blocks", "split", "summed", "programs", "sources",
     "units", "rows", "channels", "all_channels", "first_channels", "second_channels", "begin",
     "size_0", "size_1", "size_2", "size_3", "dilation_0", "dilation_1", "dilation_2", "dilation_3",
 ]  # fmt: skip
@@ -84,14 +84,44 @@ def _within(place, length):
 
 
 @triton.jit
+def _over(number, divisor):
+    """`number // divisor`, which takes a GPU 20 instructions; their product is below 2^20."""
+    return (number * ((1 << 20) // divisor + 1)) >> 20
+
+
+@triton.jit
+def _step(tap, size, dilation):
+    """How many rows and columns a tap is away from a kernel's middle."""
+    row = _over(tap, size)
+    return dilation * (row - size // 2), dilation * (tap - row * size - size // 2)
+
+
+@triton.jit
+def _unless(ok, place):
+    """The place, or one that is outside of every map, with any step."""
+    return tl.where(ok, place, 1 << 20)
+
+
+@triton.jit
 def _around(
-    x, ok, b, row, column, tap, size, dilation, H: tl.constexpr, W: tl.constexpr, row_size, c
-):
-    """Of x [B, H, W, row_size], for pixels [P] and columns [K]: channel c at a tap, 0 outside."""
-    row = row[:, None] + (dilation * (tap // size - size // 2))[None, :]
-    column = column[:, None] + (dilation * (tap % size - size // 2))[None, :]
-    at = ((b[:, None] * H + row) * W + column) * row_size + c[None, :]
-    return tl.load(x + at, mask=ok & _within(row, H) & _within(column, W), other=0.0)
+    x, at, row, column, step_at, down, right, H: tl.constexpr, W: tl.constexpr
+):  # fmt: skip
+    """Of x, for pixels [P] and steps [K] away from them, [P, K]; 0 outside.
+
+    A pixel is at [at] in memory, and what is a step away is `step_at` behind it.
+    """
+    row, column = row[:, None] + down[None, :], column[:, None] + right[None, :]
+    there = _within(row, H) & _within(column, W)
+    return tl.load(x + (at[:, None] + step_at[None, :]), mask=there, other=0.0)
+
+
+@triton.jit
+def _input_of(unit, sources, I: tl.constexpr):
+    """The first channel of x that a unit reads: there is a source for each, or one for all."""
+    first = unit * I
+    if sources == 1:
+        first = 0
+    return first
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -140,9 +170,7 @@ def _convolve(
     outputs = tl.num_programs(1) // blocks * members * O
     o = block * BO + tl.arange(0, BO)
     o_ok = o < members * O
-    first_input = unit * I
-    if sources == 1:
-        first_input = 0
+    x += _input_of(unit, sources, I)
     first_row = _taps_before(branch, size_0, size_1, size_2) * I
     depth = size * size * I
     count = 0.0
@@ -151,13 +179,15 @@ def _convolve(
     for tile in range(tiles):
         p = (program * tiles + tile) * P + tl.arange(0, P)
         ok, b, h, w = tile_of(p, pixels, (H - 1) // STRIDE + 1, (W - 1) // STRIDE + 1)
+        row, column = _unless(ok, h * STRIDE), w * STRIDE
+        origin = ((b * H + h * STRIDE) * W + column) * (sources * I)
         product = tl.zeros([P, BO], tl.float32)
         for begin in range(0, depth, BK):
             k = begin + tl.arange(0, BK)
-            found = _around(
-                x, ok[:, None] & (k < depth)[None, :], b, h * STRIDE, w * STRIDE, k // I, size,
-                dilation, H, W, sources * I, first_input + k % I,
-            )  # fmt: skip
+            down, right = _step(k // I, size, dilation)
+            step_at = (down * W + right) * (sources * I) + k % I
+            down = _unless(k < depth, down)
+            found = _around(x, origin, row, column, step_at, down, right, H, W)
             at = (first_row + k)[:, None] * (groups * O) + (first_group * O + o)[None, :]
             weight = tl.load(matrices + at, mask=(k < depth)[:, None] & o_ok[None, :], other=0.0)
             product = tl.dot(found, weight, product, input_precision=PRECISION)
@@ -334,20 +364,20 @@ def _gradient_of_matrices(
     outputs = tl.num_programs(2) // blocks * members * O
     o = block * BO + tl.arange(0, BO)
     o_ok = o < members * O
-    first_input = unit * I
-    if sources == 1:
-        first_input = 0
+    x += _input_of(unit, sources, I)
     depth = size * size * I
     k = tl.program_id(1) * BK + tl.arange(0, BK)
+    down, right = _step(k // I, size, dilation)
+    step_at = (down * W + right) * (sources * I) + k % I
+    down = _unless(k < depth, down)
     if tl.program_id(1) * BK < depth:
         total = tl.zeros([BK, BO], tl.float32)
         for tile in range(tiles):
             p = (program * tiles + tile) * P + tl.arange(0, P)
             ok, b, h, w = tile_of(p, pixels, (H - 1) // STRIDE + 1, (W - 1) // STRIDE + 1)
-            found = _around(
-                x, ok[:, None] & (k < depth)[None, :], b, h * STRIDE, w * STRIDE, k // I, size,
-                dilation, H, W, sources * I, first_input + k % I,
-            )  # fmt: skip
+            row, column = _unless(ok, h * STRIDE), w * STRIDE
+            origin = ((b * H + h * STRIDE) * W + column) * (sources * I)
+            found = _around(x, origin, row, column, step_at, down, right, H, W)
             at = p[:, None] * outputs + (unit * members * O + o)[None, :]
             g = tl.load(gradient + at, mask=ok[:, None] & o_ok[None, :], other=0.0)
             total = tl.dot(tl.trans(found), g, total, input_precision=PRECISION)
@@ -363,22 +393,21 @@ def _decompose(
     of_depthwise_0, of_depthwise_1, of_depthwise_2, of_depthwise_3,
     of_pointwise_0, of_pointwise_1, of_pointwise_2, of_pointwise_3,
     size_0, size_1, size_2, size_3, programs, rows,
-    I: tl.constexpr, O: tl.constexpr, TAPS: tl.constexpr, BO: tl.constexpr, ROWS: tl.constexpr,
+    I: tl.constexpr, O: tl.constexpr, TAPS: tl.constexpr, BO: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a group's weights at one of its inputs, by programs' shares of that of W."""
     i, group, branch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     groups = tl.num_programs(1)
     size = _of_branch(branch, size_0, size_1, size_2, size_3)
     first_row = _taps_before(branch, size_0, size_1, size_2) * I
-    tap, o, part = tl.arange(0, TAPS), tl.arange(0, BO), tl.arange(0, ROWS)
+    tap, o = tl.arange(0, TAPS), tl.arange(0, BO)
     ok = (tap < size * size)[:, None] & (o < O)[None, :]
-    within = (first_row + tap * I + i)[:, None] * (groups * O) + (group * O + o)[None, :]
-    parts = tl.zeros([ROWS, TAPS, BO], tl.float32)
-    for start in range(0, programs, ROWS):
-        at = (start + part)[:, None, None] * rows * (groups * O) + within[None, :, :]
-        mask = (start + part < programs)[:, None, None] & ok[None, :, :]
-        parts += tl.load(partial + at, mask=mask, other=0.0)
-    total = tl.sum(parts, 0)
+    at = (first_row + tap * I + i)[:, None] * (groups * O) + (group * O + o)[None, :]
+    total = tl.zeros([TAPS, BO], tl.float32)
+    for start in range(0, programs, AT_ONCE):
+        for part in tl.static_range(AT_ONCE):  # whose loads wait for each other nowhere
+            here = partial + (start + part) * rows * (groups * O)
+            total += tl.load(here + at, mask=ok & (start + part < programs), other=0.0)
     depthwise = _of_branch(branch, depthwise_0, depthwise_1, depthwise_2, depthwise_3)
     pointwise = _of_branch(branch, pointwise_0, pointwise_1, pointwise_2, pointwise_3)
     tap_at = (group * I + i) * size * size + tap
@@ -398,11 +427,24 @@ def _store_rectified(x_gradient, x, at, value, mask):
     tl.store(x_gradient + at, value.to(x_gradient.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _taps_of(odd, size, dilation, STRIDE: tl.constexpr):
+    """Of a kernel's rows, those that read even or odd ones: the first, how far apart, how many."""
+    first, apart, number = 0, 1, size
+    if STRIDE == 2:
+        if dilation == 1:
+            first, apart = (odd + size // 2) % 2, 2
+            number = (size - first + 1) // 2
+        elif odd == 1:
+            number = 0
+    return first, apart, number
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _gradient_of_input(
     gradient, matrices, size_0, size_1, size_2, size_3,
     dilation_0, dilation_1, dilation_2, dilation_3, x, partial, counter, x_gradient,
-    pixels, groups, members, units, summed,
+    pixels, numbers, groups, members, units, summed,
     H: tl.constexpr, W: tl.constexpr, STRIDE: tl.constexpr, I: tl.constexpr, O: tl.constexpr,
     P: tl.constexpr, BK: tl.constexpr, BI: tl.constexpr, APART: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -416,44 +458,58 @@ def _gradient_of_input(
     begin_unit, end_unit = source, source + summed
     if APART:
         source, begin_unit, end_unit = 0, tl.program_id(2), tl.program_id(2) + 1
-    p = tl.program_id(0) * P + tl.arange(0, P)
+    # With a stride of 2, every tap has read pixels of one kind alone, by whether their row and
+    # their column are even; a program takes pixels of one kind.
+    place, below, beside = tl.program_id(0), 0, 0
+    if STRIDE == 2:
+        place, below, beside = place // 4, place // 2 % 2, place % 2
+    p = place * P + tl.arange(0, P)
     i = tl.program_id(1) * BI + tl.arange(0, BI)
-    ok, b, h, w = tile_of(p, pixels, H, W)
+    ok, b, h, w = tile_of(p, pixels, (H - 1) // STRIDE + 1, (W - 1) // STRIDE + 1)
+    row = _unless(ok, h)
     total = tl.zeros([P, BI], tl.float32)
     for unit in range(begin_unit, end_unit):
         branch, first_group = unit * members // groups, unit * members % groups
         size = _of_branch(branch, size_0, size_1, size_2, size_3)
         dilation = _of_branch(branch, dilation_0, dilation_1, dilation_2, dilation_3)
         first_row = _taps_before(branch, size_0, size_1, size_2) * I
-        depth = size * size * members * O
+        first_tap, apart, rows = _taps_of(below, size, dilation, STRIDE)
+        left_tap, apart, columns = _taps_of(beside, size, dilation, STRIDE)
+        depth = rows * columns * members * O
         for begin in range(0, depth, BK):
             k = begin + tl.arange(0, BK)
-            tap, o = k // O // members, k // O % members * O + k % O
+            step = _over(k // O, members)
+            o = k - step * (members * O)
+            of_row = _over(step, tl.maximum(columns, 1))
+            tap_row = first_tap + apart * of_row
+            tap_column = left_tap + apart * (step - of_row * columns)
             # Of output pixel q, tap j has read pixel STRIDE q + dilation (j - K // 2).
-            row = h[:, None] - (dilation * (tap // size - size // 2))[None, :]
-            column = w[:, None] - (dilation * (tap % size - size // 2))[None, :]
-            there = ok[:, None] & (k < depth)[None, :] & _within(row, H) & _within(column, W)
-            if STRIDE == 2:
-                there &= ((row | column) & 1) == 0
-                row, column = row >> 1, column >> 1
-            at = (b[:, None] * ((H - 1) // STRIDE + 1) + row) * ((W - 1) // STRIDE + 1) + column
-            at *= outputs
-            at += (unit * members * O + o)[None, :]
-            g = tl.load(gradient + at, mask=there, other=0.0)
-            at = (first_row + tap * I)[:, None] + i[None, :]
+            down = (below - dilation * (tap_row - size // 2)) >> (STRIDE - 1)
+            right = (beside - dilation * (tap_column - size // 2)) >> (STRIDE - 1)
+            step_at = (down * ((W - 1) // STRIDE + 1) + right) * outputs + unit * members * O + o
+            down = _unless(k < depth, down)
+            g = _around(
+                gradient, p * outputs, row, w, step_at, down, right,
+                (H - 1) // STRIDE + 1, (W - 1) // STRIDE + 1,
+            )  # fmt: skip
+            at = (first_row + (tap_row * size + tap_column) * I)[:, None] + i[None, :]
             at = at * (groups * O) + (first_group * O + o)[:, None]
             mask = (k < depth)[:, None] & (i < I)[None, :]
             weight = tl.load(matrices + at, mask=mask, other=0.0)
             total = tl.dot(g, weight, total, input_precision=PRECISION)
+    if STRIDE == 2:
+        h, w = h * 2 + below, w * 2 + beside
+        ok = ok & (h < H) & (w < W)
+        p = (b * H + h) * W + w
     mask = ok[:, None] & (i < I)[None, :]
     if APART:
         at = p[:, None] * I + i[None, :]
-        tl.store(partial + begin_unit * pixels * I + at, total, mask=mask)
-        place = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-        if is_last(counter, place, summed):
+        tl.store(partial + begin_unit * numbers + at, total, mask=mask)
+        group = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        if is_last(counter, group, summed):
             total = tl.zeros([P, BI], tl.float32)
             for unit in range(summed):
-                where = partial + unit * pixels * I + at
+                where = partial + unit * numbers + at
                 total += tl.load(where, mask=mask, other=0.0, cache_modifier=".cg")
             _store_rectified(x_gradient, x, at, total, mask)
     else:
@@ -476,6 +532,7 @@ class Level:
     wide_block, block = 128, 64  # rows of a product of matrices: pixels, or rows of W
     inner_bytes = 128  # of what rows and columns are multiplied over: rows of W, or pixels
     outer_block = 64  # columns: outputs
+    few = MULTIPROCESSORS
 
     def __init__(
         self,
@@ -487,6 +544,7 @@ class Level:
         matrices: Tensor | None = None,
     ) -> None:
         self.x = x
+        self.stride = stride
         self.depthwise = [tensor.contiguous() for tensor in depthwise]
         self.pointwise = [tensor.contiguous() for tensor in pointwise]
         self.branches = len(depthwise)
@@ -551,18 +609,18 @@ class Level:
             gradient: of Y, [B, T G O, H', W'].
         """
         output = torch.empty_like(self.x)
-        pixels = self.x.numel() // self.x.shape[1]
+        kinds = self.stride**2  # of pixels, each as many as there are of y
         block = min(self.outer_block, max(16, triton.next_power_of_2(self.inputs)))
         blocks = triton.cdiv(self.inputs, block)
-        rows = self.pixels_of_a_program(pixels, blocks * self.sources)
+        rows = self.pixels_of_a_program(self.pixels, kinds * blocks * self.sources)
+        programs = triton.cdiv(self.pixels, rows) * kinds
         summed = self.units // self.sources
         # Where few programs would compute all units, one after the other.
-        apart = summed > 1 and triton.cdiv(pixels, rows) * blocks < MULTIPROCESSORS
+        apart = summed > 1 and programs * blocks < self.few
         partial = room(output, summed * output.numel() if apart else 0)
-        grid = triton.cdiv(pixels, rows), blocks, summed if apart else self.sources
-        _gradient_of_input[grid](
+        _gradient_of_input[programs, blocks, summed if apart else self.sources](
             gradient, self.matrices, *self.shapes, self.x, partial, counters(output.device), output,
-            pixels, self.groups, self.members, self.units, summed,
+            self.pixels, output.numel(), self.groups, self.members, self.units, summed,
             P=rows, BK=self.inner_block, BI=block, APART=apart, **self.constants,
         )  # fmt: skip
         return output
@@ -587,12 +645,10 @@ class Level:
         of_depthwise = [torch.empty_like(weight) for weight in self.depthwise]
         of_pointwise = [torch.empty_like(weight) for weight in self.pointwise]
         taps, outer = triton.next_power_of_2(self.taps), triton.next_power_of_2(self.outputs)
-        # By twice the warps, whose registers hold little else.
         _decompose[self.inputs, self.groups, self.branches](
             partial, *_four(self.depthwise), *_four(self.pointwise), *_four(of_depthwise),
             *_four(of_pointwise), *self.shapes[:MAX_CHAINS], programs, self.rows,
-            self.inputs, self.outputs, TAPS=taps, BO=outer, ROWS=rows_at_once(taps * outer // 4),
-            num_warps=8,
+            self.inputs, self.outputs, TAPS=taps, BO=outer, AT_ONCE=4,
         )  # fmt: skip
         return of_depthwise, of_pointwise
 
@@ -653,7 +709,7 @@ def sum_gradient(
     first, split = (second, 0) if first is None else (first, first[0].shape[1] // channels)
     sums = tuple(second[1].new_empty(maps * channels) for _ in range(2))
     block = min(64, triton.next_power_of_2(channels))
-    blocks, rows = triton.cdiv(channels, block), 2048 // block
+    blocks, rows = triton.cdiv(channels, block), 4096 // block
     pixels = gradient.numel() // channels
     programs, tiles = share(pixels, rows, blocks * maps)
     widths = channels, first[0].shape[1], second[0].shape[1], begin
@@ -662,7 +718,7 @@ def sum_gradient(
         gradient, *first, *second, room(gradient, programs * 2 * maps * channels),
         counters(gradient.device), *sums, pixels, tiles,
         *(width // unit for width in widths), split,
-        UNIT=unit, P=rows, C=block, ROWS=rows_at_once(block),
+        UNIT=unit, P=rows, C=block, ROWS=rows_at_once(block), num_warps=8,
     )  # fmt: skip
     return cast(Sums, sums)
 

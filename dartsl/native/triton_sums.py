@@ -18,10 +18,17 @@ PARTS = 4096  # numbers that a program adds at once: what registers hold
 
 
 @triton.jit
-def tile_of(p, pixels, height, width):
+def tile_of(p, pixels, height: tl.constexpr, width: tl.constexpr):
     """Of output pixels p: which of them there are, their image, row and column."""
-    rest = p % (height * width)
-    return p < pixels, p // (height * width), rest // width, rest % width
+    ok = p < pixels
+    p = p.to(tl.uint32)  # whose divisions by powers of two are shifts
+    row, rest = p // width, p % (height * width)
+    return (
+        ok,
+        (row // height).to(tl.int32),
+        (rest // width).to(tl.int32),
+        (p % width).to(tl.int32),
+    )
 
 
 @triton.jit
