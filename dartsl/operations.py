@@ -132,7 +132,7 @@ class EvenAndOddPixels(torch.autograd.Function):
 class SeparableChain(nn.Sequential):
     """ReLU, depthwise, pointwise, BatchNorm, once or several times: one layer after the other.
 
-    In training, the layers are one operation where that can be (`dartsl.separable`).
+    The layers are one operation where that can be (`dartsl.separable`).
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -81,16 +81,21 @@ def can_fuse(
     units: Sequence[Unit], x: Tensor, scale: Tensor | None = None, addend: Tensor | None = None
 ) -> bool:
     """Whether `fused` takes these in this place: on a CPU."""
-    return not x.is_cuda and _can_compute(units, x, scale, addend)
+    return not x.is_cuda and _can_compute(units, x, scale, addend, training=True)
 
 
 def _can_compute(
-    units: Sequence[Unit], x: Tensor, scale: Tensor | None, addend: Tensor | None
+    units: Sequence[Unit],
+    x: Tensor,
+    scale: Tensor | None,
+    addend: Tensor | None,
+    training: bool,
 ) -> bool:
     types = precision(x)
     return (
         bool(units)
         and types is not None
+        and all(unit.norm.training is training for unit in units)
         and all(_fits(unit, types.weights) for unit in units)
         and _fits_input(units, x)
         and _fits_output(units, x, scale, addend, types)
@@ -100,8 +105,7 @@ def _can_compute(
 def _fits(unit: Unit, dtype: torch.dtype) -> bool:
     _, depthwise, pointwise, norm = unit
     return (
-        norm.training
-        and norm.running_var is not None
+        norm.running_var is not None
         and norm.momentum is not None
         and not getattr(norm, "synchronized", False)
         and depthwise.weight.dtype == pointwise.weight.dtype == norm.running_var.dtype == dtype
@@ -256,7 +260,10 @@ def can_sum(
     scales: Sequence[Tensor] | None = None,
     addend: Tensor | None = None,
 ) -> bool:
-    """Whether `fused_sum` takes these in this place, where `sums_chains`."""
+    """Whether `fused_sum` takes these in this place, where `sums_chains`.
+
+    In evaluation it gives no gradients.
+    """
     first = [chain[0] for chain in chains if chain]
     units = [unit for chain in chains for unit in chain]
     given: Sequence[Tensor | None] = [None] * len(chains) if scales is None else scales
@@ -275,8 +282,9 @@ def can_sum(
         and all((unit.norm.weight is None) == (scales is not None) for unit in units)
         and all((unit.norm.bias is None) == (scales is not None) for unit in units)
         and len({unit.norm.eps for unit in units}) == 1
+        and (first[0].norm.training or not torch.is_grad_enabled())
         and all(
-            _can_compute(chain, x, scale, addend)
+            _can_compute(chain, x, scale, addend, first[0].norm.training)
             for chain, scale in zip(chains, given, strict=True)
         )
     )
@@ -293,7 +301,7 @@ def fused_sum(
     scales: Sequence[Tensor] | None = None,
     addend: Tensor | None = None,
 ) -> Tensor:
-    """The sum of `fused(chain, x, scale)` over T chains, plus addend, as one operation.
+    """The sum over T chains of scale times what a chain gives, plus addend, as one operation.
 
     Args:
         chains: of one unit or two, see `can_sum`.
@@ -323,21 +331,33 @@ def fused_sum(
         rows = [scales[chain] for chain in order]
     dilations = [unit.depthwise.dilation[0] for unit in units + second]
     options = dilations, len(second), units[0].depthwise.stride[0], units[0].norm.eps
-    output, *statistics = SeparableSum.apply(
-        x.to(types.maps),
-        _rows(rows),
-        addend,
-        options,
-        *affine,
-        *(unit.depthwise.weight for unit in units + second),
-        *(unit.pointwise.weight for unit in units + second),
-    )
+    ends = x.to(types.maps), _rows(rows), addend
+    depthwise = [unit.depthwise.weight for unit in units + second]
+    pointwise = [unit.pointwise.weight for unit in units + second]
+    if not units[0].norm.training:
+        running = [_running(level, depthwise[0]) for level in (units, second)]
+        return cast(
+            Tensor,
+            torch.ops.dartsl.separable_sum(*ends, affine, depthwise, pointwise, *options, running)[
+                0
+            ],
+        )
+    output, *statistics = SeparableSum.apply(*ends, options, *affine, *depthwise, *pointwise)
     for level, found in zip((units, second), statistics, strict=True):
         for unit, of_unit in zip(level, found.tensor_split(len(level) or 1, dim=1), strict=False):
             norm, (mean, _, var) = unit.norm, of_unit.unbind()
             follow([norm.running_mean, norm.running_var], [mean, var], norm.momentum)
             count(norm)
     return output
+
+
+def _running(level: Sequence[Unit], like: Tensor) -> Tensor:
+    """Of the norms of a level: running mean, 1 / sqrt(var + eps) and var, [3, channels]."""
+    if not level:
+        return like.new_empty(3, 0)
+    mean = torch.cat([unit.norm.running_mean for unit in level])
+    var = torch.cat([unit.norm.running_var for unit in level])
+    return torch.stack([mean, torch.rsqrt(var + level[0].norm.eps), var])
 
 
 def _rows(rows: Sequence[Tensor]) -> Tensor:
@@ -359,7 +379,7 @@ class SeparableSum(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Output [B, G I, H', W'] and the statistics of the first and of the second units."""
         output, *kept = torch.ops.dartsl.separable_sum(
-            x, scales, addend, *_parts(rest, options), *options
+            x, scales, addend, *_parts(rest, options), *options, []
         )
         ctx.save_for_backward(x, scales, *rest, *kept)
         ctx.options = options

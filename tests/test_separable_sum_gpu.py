@@ -157,7 +157,7 @@ def test_what_comes_is_as_it_is_declared(case, affine) -> None:
     with FakeTensorMode() as mode:
         x, scales, *weights = (mode.from_tensor(tensor) for tensor in (x, scales, *weights))
         parts = _parts(weights, options)
-        output, *kept = torch.ops.dartsl.separable_sum(x, scales, None, *parts, *options)
+        output, *kept = torch.ops.dartsl.separable_sum(x, scales, None, *parts, *options, [])
         found = torch.ops.dartsl.separable_sum_backward(
             output, x, scales, *parts, kept, *options[:3], (True, True)
         )
@@ -180,7 +180,7 @@ def test_operations_are_counted() -> None:
     with FakeTensorMode() as mode:
         x, scales, *weights = (mode.from_tensor(t) for t in (x, scales, *weights))
         with FlopCounterMode(display=False) as counter:
-            torch.ops.dartsl.separable_sum(x, scales, None, *_parts(weights, options), *options)
+            torch.ops.dartsl.separable_sum(x, scales, None, *_parts(weights, options), *options, [])
     assert counter.get_total_flops() == 2 * 2 * 20 * sum(weight.numel() for weight in weights)
 
 
@@ -305,6 +305,30 @@ def test_summed_chains_are_the_chains_one_after_the_other(here) -> None:
         )
 
 
+def test_in_evaluation_chains_are_normalized_by_running_statistics(here) -> None:
+    torch.manual_seed(0)
+    chains = [chain((3,), 2, 2, 4), chain((3, 3), 1, 2, 4), chain((5, 5), 1, 2, 4)]
+    norms = [unit.norm.eval() for units in chains for unit in units]
+    for norm in norms:
+        nn.init.normal_(norm.running_mean)
+        nn.init.uniform_(norm.running_var, 0.5, 2.0)
+    x, total = torch.randn(2, 4, 5, 5, device=DEVICE), torch.randn(2, 8, 5, 5, device=DEVICE)
+    rows = list(torch.rand(3, 8, device=DEVICE) + 0.5)
+    before = copy.deepcopy([norm.state_dict() for norm in norms])
+    assert not can_sum(chains, x, rows, total)  # it would give no gradients
+    with torch.no_grad():
+        assert can_sum(chains, x, rows, total)
+        found = fused_sum(chains, x, rows, total)
+        for units, row in zip(chains, rows, strict=True):
+            total = by_modules(units, x, row, total)
+        norms[0].train()
+        assert not can_sum(chains, x, rows, total)
+    assert torch.allclose(found, total, rtol=1e-3, atol=1e-3 * float(total.abs().max()))
+    for norm, state in zip(norms, before, strict=True):
+        for name, value in norm.state_dict().items():
+            assert torch.equal(value, state[name])
+
+
 @pytest.mark.parametrize(
     "operation",
     [SeparableConv(8, 3, 2, True), SeparableConv(20, 5, 1, True), DilatedConv(12, 3, 1, True)],
@@ -349,14 +373,18 @@ def test_a_chain_of_the_final_network_is_its_modules(operation, here, monkeypatc
     assert operation.op[3].num_batches_tracked == 2
 
 
-def test_chains_with_norms_of_their_own_are_summed(here) -> None:
+@pytest.mark.parametrize("training", [True, False])
+def test_chains_with_norms_of_their_own_are_summed(training, here) -> None:
     torch.manual_seed(0)
     ops = [DilatedConv(4, 3, 1, True).to(DEVICE), SeparableConv(4, 5, 1, True).to(DEVICE)]
     for parameter in (p for op in ops for p in op.parameters()):
         nn.init.normal_(parameter)
     x, chains = torch.randn(2, 4, 5, 5, device=DEVICE), [units_of(op.op) for op in ops]
-    assert can_sum(chains, x)
-    found, expected = fused_sum(chains, x), sum(nn.Sequential.forward(op.op, x) for op in ops)
+    for op in ops:
+        op.train(training)
+    with torch.set_grad_enabled(training):
+        assert can_sum(chains, x)
+        found, expected = fused_sum(chains, x), sum(nn.Sequential.forward(op.op, x) for op in ops)
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 

@@ -3,7 +3,8 @@
 Shapes: B images, H x W pixels, T chains of G groups of C inputs and C outputs. The first `deep`
 chains have a second convolution, whose weights stand behind those of the T first ones.
 
-`affine` is empty, or it is what is added to the sum, [G C], and if there are deep chains what the
+`running` is empty, or the statistics of both levels that maps are normalized by, each [3, maps], in
+place of the batch's. `affine` is empty, or it is what is added to the sum, [G C], and if there are deep chains what the
 maps between their convolutions are scaled by and shifted by, both [deep, G C].
 """
 
@@ -21,7 +22,8 @@ FORWARD = "dartsl::separable_sum"
 torch.library.define(
     FORWARD,
     "(Tensor x, Tensor scales, Tensor? addend, Tensor[] affine, Tensor[] depthwise,"
-    " Tensor[] pointwise, int[] dilations, int deep, int stride, float eps) -> Tensor[]",
+    " Tensor[] pointwise, int[] dilations, int deep, int stride, float eps, Tensor[] running)"
+    " -> Tensor[]",
 )
 BACKWARD = "dartsl::separable_sum_backward"
 torch.library.define(
@@ -44,6 +46,7 @@ def _fake_forward(
     deep: int,
     stride: int,
     eps: float,
+    running: Sequence[Tensor],
 ) -> list[Tensor]:
     chains, channels = scales.shape
     size = -(-x.shape[2] // stride), -(-x.shape[3] // stride)

@@ -532,7 +532,6 @@ class Level:
     wide_block, block = 128, 64  # rows of a product of matrices: pixels, or rows of W
     inner_bytes = 128  # of what rows and columns are multiplied over: rows of W, or pixels
     outer_block = 64  # columns: outputs
-    few = MULTIPROCESSORS
 
     def __init__(
         self,
@@ -616,7 +615,7 @@ class Level:
         programs = triton.cdiv(self.pixels, rows) * kinds
         summed = self.units // self.sources
         # Where few programs would compute all units, one after the other.
-        apart = summed > 1 and programs * blocks < self.few
+        apart = summed > 1 and programs * blocks < MULTIPROCESSORS
         partial = room(output, summed * output.numel() if apart else 0)
         _gradient_of_input[programs, blocks, summed if apart else self.sources](
             gradient, self.matrices, *self.shapes, self.x, partial, counters(output.device), output,
@@ -788,6 +787,7 @@ def forward(
     deep: int,
     stride: int,
     eps: float,
+    running: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     """The sum over T chains of scale times normalized map, shifted, plus addend; and what is kept.
 
@@ -803,6 +803,7 @@ def forward(
         deep: number of second convolutions; they belong to the first chains.
         stride: of the first convolutions.
         eps: is added to the variances.
+        running: statistics of both levels, in place of the batch's; none for those.
 
     Returns:
         The sum; y [B, T G C, H', W'] of the first convolutions and its statistics [3, T G C]; the
@@ -814,11 +815,13 @@ def forward(
     scales, affine = scales.contiguous(), [tensor.contiguous() for tensor in affine]
     first = Level(x.relu(), depthwise[:chains], pointwise[:chains], stride, dilations[:chains])
     y, statistics = first.convolve(eps)
+    statistics = running[0] if running else statistics
     inner = first.new_map(deep * channels)
     if deep:
         rectify(y, statistics, affine[1:], inner)
         second = Level(inner, depthwise[chains:], pointwise[chains:], 1, dilations[chains:])
         deep_y, deep_statistics = second.convolve(eps)
+        deep_statistics = running[1] if running else deep_statistics
         deep_matrices = second.matrices
     else:
         deep_y, deep_statistics = first.new_map(0), statistics.new_empty(3, 0)
