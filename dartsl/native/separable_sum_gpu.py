@@ -47,9 +47,10 @@ from dartsl.native.triton_sums import (
 
 # Numbers that no kernel is compiled anew for.
 SIZES = [
-    "pixels", "numbers", "tiles", "groups", "members", "blocks", "split", "summed", "programs", "sources",
-    "units", "rows", "channels", "all_channels", "first_channels", "second_channels", "begin",
-    "size_0", "size_1", "size_2", "size_3", "dilation_0", "dilation_1", "dilation_2", "dilation_3",
+    "pixels", "numbers", "tiles", "groups", "members", "blocks", "split", "summed", "programs",
+    "sources", "units", "rows", "channels", "all_channels", "first_channels", "second_channels",
+    "begin", "size_0", "size_1", "size_2", "size_3",
+    "dilation_0", "dilation_1", "dilation_2", "dilation_3",
 ]  # fmt: skip
 
 
@@ -684,7 +685,8 @@ class Level:
     def outputs_of_a_program(self) -> tuple[int, int]:
         """How many outputs of a unit a program computes, and how many programs there are for it."""
         outputs = self.members * self.outputs
-        block = min(self.outer_block, max(16, triton.next_power_of_2(outputs)))
+        most = self.wide_block if self.x.element_size() == 2 else self.outer_block
+        block = min(most, max(16, triton.next_power_of_2(outputs)))
         return block, triton.cdiv(outputs, block)
 
 
@@ -708,7 +710,7 @@ def sum_gradient(
     first, split = (second, 0) if first is None else (first, first[0].shape[1] // channels)
     sums = tuple(second[1].new_empty(maps * channels) for _ in range(2))
     block = min(64, triton.next_power_of_2(channels))
-    blocks, rows = triton.cdiv(channels, block), 4096 // block
+    blocks, rows = triton.cdiv(channels, block), 2048 // block
     pixels = gradient.numel() // channels
     programs, tiles = share(pixels, rows, blocks * maps)
     widths = channels, first[0].shape[1], second[0].shape[1], begin
@@ -717,7 +719,7 @@ def sum_gradient(
         gradient, *first, *second, room(gradient, programs * 2 * maps * channels),
         counters(gradient.device), *sums, pixels, tiles,
         *(width // unit for width in widths), split,
-        UNIT=unit, P=rows, C=block, ROWS=rows_at_once(block), num_warps=8,
+        UNIT=unit, P=rows, C=block, ROWS=rows_at_once(block),
     )  # fmt: skip
     return cast(Sums, sums)
 

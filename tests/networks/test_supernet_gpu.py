@@ -55,8 +55,8 @@ def test_evaluation(grad) -> None:
     weights = torch.rand(3, len(DARTS_PRIMITIVES), dtype=torch.float64)
     if not grad:
         with torch.inference_mode():
-            pairs = zip(single(x.float().cuda(), weights.float().cuda()), exact(x, weights))
-            for one, other in pairs:
+            found = single(x.float().cuda(), weights.float().cuda())
+            for one, other in zip(found, exact(x, weights), strict=True):
                 assert (one.cpu().double() - other).norm() <= 2e-3 * other.norm()
         return
     for held in (False, True):
