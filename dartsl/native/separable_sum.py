@@ -3,8 +3,8 @@
 Shapes: B images, H x W pixels, T chains of G groups of C inputs and C outputs. The first `deep`
 chains have a second convolution, whose weights stand behind those of the T first ones.
 
-`running` is empty, or the statistics that the maps of both levels are normalized by, [3, maps] each,
-in place of the batch's. `affine` is empty, or it is what is added to the sum, [G C], and if there
+`running` is empty, or the statistics that maps of both levels are normalized by, [3, maps] each, in
+place of the batch's. `affine` is empty, or it is what is added to the sum, [G C], and if there
 are deep chains what the maps between their convolutions are scaled by and shifted by, both
 [deep, G C].
 """
