@@ -92,7 +92,7 @@ def _over(number, divisor):
 
 @triton.jit
 def _step(tap, size, dilation):
-    """How many rows and columns a tap is away from a kernel's middle."""
+    """How many rows down and columns to the right of a kernel's middle a tap is."""
     row = _over(tap, size)
     return dilation * (row - size // 2), dilation * (tap - row * size - size // 2)
 
@@ -104,12 +104,10 @@ def _unless(ok, place):
 
 
 @triton.jit
-def _around(
-    x, at, row, column, step_at, down, right, H: tl.constexpr, W: tl.constexpr
-):  # fmt: skip
+def _around(x, at, row, column, step_at, down, right, H: tl.constexpr, W: tl.constexpr):
     """Of x, for pixels [P] and steps [K] away from them, [P, K]; 0 outside.
 
-    A pixel is at [at] in memory, and what is a step away is `step_at` behind it.
+    A pixel is `at` a place in memory, and what is a step away stands `step_at` numbers behind it.
     """
     row, column = row[:, None] + down[None, :], column[:, None] + right[None, :]
     there = _within(row, H) & _within(column, W)
@@ -406,7 +404,7 @@ def _decompose(
     at = (first_row + tap * I + i)[:, None] * (groups * O) + (group * O + o)[None, :]
     total = tl.zeros([TAPS, BO], tl.float32)
     for start in range(0, programs, AT_ONCE):
-        for part in tl.static_range(AT_ONCE):  # whose loads wait for each other nowhere
+        for part in tl.static_range(AT_ONCE):  # loads that do not wait for each other
             here = partial + (start + part) * rows * (groups * O)
             total += tl.load(here + at, mask=ok & (start + part < programs), other=0.0)
     depthwise = _of_branch(branch, depthwise_0, depthwise_1, depthwise_2, depthwise_3)
@@ -532,7 +530,7 @@ class Level:
 
     wide_block, block = 128, 64  # rows of a product of matrices: pixels, or rows of W
     inner_bytes = 128  # of what rows and columns are multiplied over: rows of W, or pixels
-    outer_block = 64  # columns: outputs
+    outer_block = 64  # columns: inputs, and outputs in single precision
 
     def __init__(
         self,
