@@ -614,7 +614,7 @@ class Level:
         programs = triton.cdiv(self.pixels, rows) * kinds
         summed = self.units // self.sources
         # Where few programs would compute all units, one after the other.
-        apart = summed > 1 and programs * blocks < MULTIPROCESSORS
+        apart = summed > 1 and programs * blocks < MULTIPROCESSORS // 2
         partial = room(output, summed * output.numel() if apart else 0)
         _gradient_of_input[programs, blocks, summed if apart else self.sources](
             gradient, self.matrices, *self.shapes, self.x, partial, counters(output.device), output,
@@ -639,6 +639,7 @@ class Level:
             gradient, self.x, *self.shapes, partial,
             self.pixels, self.groups, self.members, blocks, self.sources, tiles, self.rows,
             P=self.inner_block, BK=line, BO=block, **self.constants,
+            num_stages=4 if block <= 32 else 3,
         )  # fmt: skip
         of_depthwise = [torch.empty_like(weight) for weight in self.depthwise]
         of_pointwise = [torch.empty_like(weight) for weight in self.pointwise]
