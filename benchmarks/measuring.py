@@ -44,7 +44,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         "--in-a-row",
         type=int,
         default=1,
-        help="calls between two looks at the clock, which keep a GPU's queue full",
+        help="calls between two looks at the clock but for the first; they keep a GPU's queue full",
     )
     options.add_argument("--json", type=Path, help="write the report to this file")
     return options
@@ -57,16 +57,16 @@ def start(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
 
 
-def milliseconds(function: Callable[[], Any], args: argparse.Namespace) -> float:
-    """Time of a call by the chosen clock, the device's work included."""
+def milliseconds(function: Callable[[], Any], args: argparse.Namespace, calls: int = 1) -> float:
+    """Time of one of so many calls by the chosen clock, the device's work included."""
     clock = time.perf_counter if args.clock == "wall" else time.process_time
     synchronize = torch.cuda.synchronize if args.device == "cuda" else lambda: None
     synchronize()
     begin = clock()
-    for _ in range(args.in_a_row):
+    for _ in range(calls):
         function()
     synchronize()
-    return 1e3 * (clock() - begin) / args.in_a_row
+    return 1e3 * (clock() - begin) / calls
 
 
 def interleaved(
@@ -74,9 +74,9 @@ def interleaved(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Median milliseconds of each call, and those of its first; the calls take turns."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(args.warm_up + args.repeats):
+    for turn in range(args.warm_up + args.repeats):
         for name, call in calls.items():
-            times[name].append(milliseconds(call, args))
+            times[name].append(milliseconds(call, args, args.in_a_row if turn else 1))
     medians = {name: statistics.median(t[args.warm_up :]) for name, t in times.items()}
     return medians, {name: t[0] for name, t in times.items()}
 

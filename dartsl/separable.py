@@ -28,7 +28,7 @@ from dartsl.fused import (
     works,
 )
 from dartsl.native.separable import KERNELS
-from dartsl.native.separable_sum import MAX_CHAINS
+from dartsl.native.separable_sum import MAX_CHAINS, MAX_GROUPS
 
 # Images, channels, their height and width: few pixels, so that a CPU computes it soon.
 TRIAL = 64, 64, 8
@@ -277,6 +277,7 @@ def can_sum(
         and all(unit.pointwise.weight.shape == first[0].pointwise.weight.shape for unit in units)
         and all(_depth(unit) <= MAX_DEPTH for unit in units)
         and len(first[0].depthwise.weight) == len(first[0].pointwise.weight)
+        and first[0].pointwise.groups <= MAX_GROUPS
         and len({unit.depthwise.stride[0] for unit in first}) == 1
         and all(chain[-1].depthwise.stride[0] == 1 for chain in chains if len(chain) == 2)
         and all((unit.norm.weight is None) == (scales is not None) for unit in units)
@@ -336,12 +337,8 @@ def fused_sum(
     pointwise = [unit.pointwise.weight for unit in units + second]
     if not units[0].norm.training:
         running = [_running(level, depthwise[0]) for level in (units, second)]
-        return cast(
-            Tensor,
-            torch.ops.dartsl.separable_sum(*ends, affine, depthwise, pointwise, *options, running)[
-                0
-            ],
-        )
+        given = *ends, affine, depthwise, pointwise, *options, running
+        return cast(list[Tensor], torch.ops.dartsl.separable_sum(*given))[0]
     output, *statistics = SeparableSum.apply(*ends, options, *affine, *depthwise, *pointwise)
     for level, found in zip((units, second), statistics, strict=True):
         for unit, of_unit in zip(level, found.tensor_split(len(level) or 1, dim=1), strict=False):

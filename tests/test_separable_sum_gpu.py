@@ -13,6 +13,8 @@ from dartsl import operations, separable
 from dartsl.batch_norm import following_together
 from dartsl.depthwise import DepthwiseConv2d
 from dartsl.fused import Precision
+from dartsl.native.separable import KERNELS
+from dartsl.native.separable_sum import MAX_GROUPS
 from dartsl.networks import merged
 from dartsl.networks.merged import MergedBatchNorm
 from dartsl.operations import DilatedConv, SeparableConv
@@ -27,6 +29,7 @@ from dartsl.separable import (
 from tests.triton_kernels import DEVICE, TOLERANCE, TYPES, difference, load
 
 gpu, triton_sums = load("separable_sum_gpu"), load("triton_sums")
+triton, tl, over = gpu.triton, gpu.tl, gpu._over
 
 
 @pytest.fixture(autouse=True)
@@ -388,12 +391,33 @@ def test_chains_with_norms_of_their_own_are_summed(training, here) -> None:
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
+@triton.jit
+def divide(divided, divisor, length, block: tl.constexpr):
+    number = tl.arange(0, block)
+    tl.store(divided + number, over(number, divisor), mask=number < length)
+
+
+@pytest.mark.parametrize("divisor", [1, 2, 3, 5, 7, 50, MAX_GROUPS])
+def test_divisions_are_exact(divisor) -> None:
+    """Of all taps of the largest kernel in all groups, and of a block of numbers behind them."""
+    expected = torch.arange(max(KERNELS) ** 2 * divisor + 128, device=DEVICE) // divisor
+    divided = torch.empty_like(expected, dtype=torch.int32)
+    divide[(1,)](divided, divisor, len(divided), block=8192)
+    assert torch.equal(divided, expected.int())
+
+
 def test_which_chains_are_summed(here) -> None:
     x = torch.randn(2, 4, 5, 5, device=DEVICE)
     rows = list(torch.ones(5, 8, device=DEVICE))
     single, double = chain((3,), 2, 2, 4), chain((5, 5), 1, 2, 4)
     assert can_sum([single, double], x, rows[:2])
     assert can_sum([single], x, rows[:1])
+    wide, many = (
+        torch.ones(1, MAX_GROUPS + 1, device=DEVICE),
+        torch.randn(2, 1, 5, 5, device=DEVICE),
+    )
+    assert can_sum([chain((3,), 1, MAX_GROUPS, 1)], many, list(wide[:, 1:]))
+    assert not can_sum([chain((3,), 1, MAX_GROUPS + 1, 1)], many, list(wide))
     assert not can_sum([], x, [])
     assert not can_sum([single] * 5, x, rows)
     assert not can_sum([single, chain((3, 3, 3), 1, 2, 4)], x, rows[:2])

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 from dartsl.native.separable import Shape, flops
 
 MAX_CHAINS = 4
+MAX_GROUPS = 128  # as far as the kernels' divisions go
 FORWARD = "dartsl::separable_sum"
 torch.library.define(
     FORWARD,

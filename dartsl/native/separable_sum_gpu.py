@@ -86,21 +86,34 @@ def _within(place, length):
 
 @triton.jit
 def _over(number, divisor):
-    """`number // divisor`, which takes a GPU 20 instructions; their product is below 2^20."""
+    """`number // divisor`, which takes a GPU 20 instructions.
+
+    For a divisor up to MAX_GROUPS, and numbers up to what MAX_GROUPS and the largest kernel make.
+    """
     return (number * ((1 << 20) // divisor + 1)) >> 20
-
-
-@triton.jit
-def _step(tap, size, dilation):
-    """How many rows down and columns to the right of a kernel's middle a tap is."""
-    row = _over(tap, size)
-    return dilation * (row - size // 2), dilation * (tap - row * size - size // 2)
 
 
 @triton.jit
 def _unless(ok, place):
     """The place, or one that is outside of every map, with any step."""
     return tl.where(ok, place, 1 << 20)
+
+
+@triton.jit
+def _middles(p, pixels, row_size, H: tl.constexpr, W: tl.constexpr, STRIDE: tl.constexpr):
+    """Which output pixels p there are, and what their kernels' middles read: where, row, column."""
+    ok, b, h, w = tile_of(p, pixels, (H - 1) // STRIDE + 1, (W - 1) // STRIDE + 1)
+    row, column = h * STRIDE, w * STRIDE
+    return ok, ((b * H + row) * W + column) * row_size, _unless(ok, row), column
+
+
+@triton.jit
+def _steps(k, depth, size, dilation, row_size, W: tl.constexpr, I: tl.constexpr):
+    """How far from a kernel's middle is what rows k of W multiply: in memory, down, right."""
+    tap = k // I
+    row = _over(tap, size)
+    down, right = dilation * (row - size // 2), dilation * (tap - row * size - size // 2)
+    return (down * W + right) * row_size + k % I, _unless(k < depth, down), right
 
 
 @triton.jit
@@ -177,15 +190,11 @@ def _convolve(
     squares = tl.zeros([BO], tl.float32)
     for tile in range(tiles):
         p = (program * tiles + tile) * P + tl.arange(0, P)
-        ok, b, h, w = tile_of(p, pixels, (H - 1) // STRIDE + 1, (W - 1) // STRIDE + 1)
-        row, column = _unless(ok, h * STRIDE), w * STRIDE
-        origin = ((b * H + h * STRIDE) * W + column) * (sources * I)
+        ok, origin, row, column = _middles(p, pixels, sources * I, H, W, STRIDE)
         product = tl.zeros([P, BO], tl.float32)
         for begin in range(0, depth, BK):
             k = begin + tl.arange(0, BK)
-            down, right = _step(k // I, size, dilation)
-            step_at = (down * W + right) * (sources * I) + k % I
-            down = _unless(k < depth, down)
+            step_at, down, right = _steps(k, depth, size, dilation, sources * I, W, I)
             found = _around(x, origin, row, column, step_at, down, right, H, W)
             at = (first_row + k)[:, None] * (groups * O) + (first_group * O + o)[None, :]
             weight = tl.load(matrices + at, mask=(k < depth)[:, None] & o_ok[None, :], other=0.0)
@@ -366,16 +375,12 @@ def _gradient_of_matrices(
     x += _input_of(unit, sources, I)
     depth = size * size * I
     k = tl.program_id(1) * BK + tl.arange(0, BK)
-    down, right = _step(k // I, size, dilation)
-    step_at = (down * W + right) * (sources * I) + k % I
-    down = _unless(k < depth, down)
+    step_at, down, right = _steps(k, depth, size, dilation, sources * I, W, I)
     if tl.program_id(1) * BK < depth:
         total = tl.zeros([BK, BO], tl.float32)
         for tile in range(tiles):
             p = (program * tiles + tile) * P + tl.arange(0, P)
-            ok, b, h, w = tile_of(p, pixels, (H - 1) // STRIDE + 1, (W - 1) // STRIDE + 1)
-            row, column = _unless(ok, h * STRIDE), w * STRIDE
-            origin = ((b * H + h * STRIDE) * W + column) * (sources * I)
+            ok, origin, row, column = _middles(p, pixels, sources * I, H, W, STRIDE)
             found = _around(x, origin, row, column, step_at, down, right, H, W)
             at = p[:, None] * outputs + (unit * members * O + o)[None, :]
             g = tl.load(gradient + at, mask=ok[:, None] & o_ok[None, :], other=0.0)
@@ -392,7 +397,7 @@ def _decompose(
     of_depthwise_0, of_depthwise_1, of_depthwise_2, of_depthwise_3,
     of_pointwise_0, of_pointwise_1, of_pointwise_2, of_pointwise_3,
     size_0, size_1, size_2, size_3, programs, rows,
-    I: tl.constexpr, O: tl.constexpr, TAPS: tl.constexpr, BO: tl.constexpr, AT_ONCE: tl.constexpr,
+    I: tl.constexpr, O: tl.constexpr, TAPS: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a group's weights at one of its inputs, by programs' shares of that of W."""
     i, group, branch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -403,8 +408,8 @@ def _decompose(
     ok = (tap < size * size)[:, None] & (o < O)[None, :]
     at = (first_row + tap * I + i)[:, None] * (groups * O) + (group * O + o)[None, :]
     total = tl.zeros([TAPS, BO], tl.float32)
-    for start in range(0, programs, AT_ONCE):
-        for part in tl.static_range(AT_ONCE):  # loads that do not wait for each other
+    for start in range(0, programs, 4):
+        for part in tl.static_range(4):  # loads that do not wait for each other
             here = partial + (start + part) * rows * (groups * O)
             total += tl.load(here + at, mask=ok & (start + part < programs), other=0.0)
     depthwise = _of_branch(branch, depthwise_0, depthwise_1, depthwise_2, depthwise_3)
@@ -428,15 +433,15 @@ def _store_rectified(x_gradient, x, at, value, mask):
 
 @triton.jit
 def _taps_of(odd, size, dilation, STRIDE: tl.constexpr):
-    """Of a kernel's rows, those that read even or odd ones: the first, how far apart, how many."""
-    first, apart, number = 0, 1, size
+    """Of a kernel's rows, those that read even or odd ones: the first, every which, how many."""
+    first, every, number = 0, 1, size
     if STRIDE == 2:
         if dilation == 1:
-            first, apart = (odd + size // 2) % 2, 2
+            first, every = (odd + size // 2) % 2, 2
             number = (size - first + 1) // 2
-        elif odd == 1:
+        elif odd == 1:  # with a dilation of 2, all read even ones
             number = 0
-    return first, apart, number
+    return first, every, number
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -464,7 +469,9 @@ def _gradient_of_input(
         place, below, beside = place // 4, place // 2 % 2, place % 2
     p = place * P + tl.arange(0, P)
     i = tl.program_id(1) * BI + tl.arange(0, BI)
-    ok, b, h, w = tile_of(p, pixels, (H - 1) // STRIDE + 1, (W - 1) // STRIDE + 1)
+    height: tl.constexpr = (H - 1) // STRIDE + 1
+    width: tl.constexpr = (W - 1) // STRIDE + 1
+    ok, b, h, w = tile_of(p, pixels, height, width)
     row = _unless(ok, h)
     total = tl.zeros([P, BI], tl.float32)
     for unit in range(begin_unit, end_unit):
@@ -472,25 +479,22 @@ def _gradient_of_input(
         size = _of_branch(branch, size_0, size_1, size_2, size_3)
         dilation = _of_branch(branch, dilation_0, dilation_1, dilation_2, dilation_3)
         first_row = _taps_before(branch, size_0, size_1, size_2) * I
-        first_tap, apart, rows = _taps_of(below, size, dilation, STRIDE)
-        left_tap, apart, columns = _taps_of(beside, size, dilation, STRIDE)
+        first_tap, every, rows = _taps_of(below, size, dilation, STRIDE)
+        left_tap, every, columns = _taps_of(beside, size, dilation, STRIDE)
         depth = rows * columns * members * O
         for begin in range(0, depth, BK):
             k = begin + tl.arange(0, BK)
             step = _over(k // O, members)
             o = k - step * (members * O)
             of_row = _over(step, tl.maximum(columns, 1))
-            tap_row = first_tap + apart * of_row
-            tap_column = left_tap + apart * (step - of_row * columns)
+            tap_row = first_tap + every * of_row
+            tap_column = left_tap + every * (step - of_row * columns)
             # Of output pixel q, tap j has read pixel STRIDE q + dilation (j - K // 2).
             down = (below - dilation * (tap_row - size // 2)) >> (STRIDE - 1)
             right = (beside - dilation * (tap_column - size // 2)) >> (STRIDE - 1)
-            step_at = (down * ((W - 1) // STRIDE + 1) + right) * outputs + unit * members * O + o
+            step_at = (down * width + right) * outputs + unit * members * O + o
             down = _unless(k < depth, down)
-            g = _around(
-                gradient, p * outputs, row, w, step_at, down, right,
-                (H - 1) // STRIDE + 1, (W - 1) // STRIDE + 1,
-            )  # fmt: skip
+            g = _around(gradient, p * outputs, row, w, step_at, down, right, height, width)
             at = (first_row + (tap_row * size + tap_column) * I)[:, None] + i[None, :]
             at = at * (groups * O) + (first_group * O + o)[:, None]
             mask = (k < depth)[:, None] & (i < I)[None, :]
@@ -647,7 +651,7 @@ class Level:
         _decompose[self.inputs, self.groups, self.branches](
             partial, *_four(self.depthwise), *_four(self.pointwise), *_four(of_depthwise),
             *_four(of_pointwise), *self.shapes[:MAX_CHAINS], programs, self.rows,
-            self.inputs, self.outputs, TAPS=taps, BO=outer, AT_ONCE=4,
+            self.inputs, self.outputs, TAPS=taps, BO=outer,
         )  # fmt: skip
         return of_depthwise, of_pointwise
 

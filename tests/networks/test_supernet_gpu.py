@@ -43,22 +43,28 @@ def test_outputs_gradients_and_running_statistics(edges, stride, held) -> None:
         assert (one - other).norm() <= 2e-4 * other.norm().clamp_min(1e-3)
 
 
-@pytest.mark.parametrize("grad", [False, True], ids=["kernels", "modules"])
-def test_evaluation(grad) -> None:
+def in_evaluation() -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
+    """In double precision on the CPU, in single precision on the GPU; what both are given."""
     torch.manual_seed(0)
     exact = MixedOperation(16, 1, DARTS_PRIMITIVES, 3).double().eval()
     for name, buffer in exact.named_buffers():
         if "running" in name:
             nn.init.uniform_(buffer, 0.5, 2.0)
-    single = copy.deepcopy(exact).float().cuda()
     x = torch.randn(4, 16, 9, 8, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
     weights = torch.rand(3, len(DARTS_PRIMITIVES), dtype=torch.float64)
-    if not grad:
-        with torch.inference_mode():
-            found = single(x.float().cuda(), weights.float().cuda())
-            for one, other in zip(found, exact(x, weights), strict=True):
-                assert (one.cpu().double() - other).norm() <= 2e-3 * other.norm()
-        return
+    return exact, copy.deepcopy(exact).float().cuda(), x, weights
+
+
+def test_evaluation() -> None:
+    exact, single, x, weights = in_evaluation()
+    with torch.inference_mode():
+        found = single(x.float().cuda(), weights.float().cuda())
+        for one, other in zip(found, exact(x, weights), strict=True):
+            assert (one.cpu().double() - other).norm() <= 2e-3 * other.norm()
+
+
+def test_gradients_in_evaluation() -> None:
+    exact, single, x, weights = in_evaluation()
     for held in (False, True):
         expected = results(exact, x, weights, held)
         actual = results(single, x.float().cuda(), weights.float().cuda(), held)
