@@ -110,7 +110,7 @@ class Ours:
             alphas=self.alphas,
             xi=LEARNING_RATE,
             virtual_direction=lambda gradients: sgd_direction(self.optimizer, gradients),
-            buffers=list(self.network.buffers()),
+            buffers=lambda: list(self.network.buffers()),
         )
         hypergradient: Hypergradient = Unrolled() if unrolled else FirstOrder()
         for alpha, gradient in zip(self.alphas, hypergradient(problem), strict=True):

@@ -39,8 +39,8 @@ class BilevelProblem:
         xi: the learning rate of the virtual step (Eq. 6).
         virtual_direction: from the gradients of L_train to the direction in which the optimizer
             of the weights would go (momentum, weight decay); the gradients alone if left out.
-        buffers: tensors that a loss changes as it is computed (running statistics); what happens
-            to them at the virtual weights is undone.
+        buffers: gives the tensors that a loss changes as it is computed (running statistics); what
+            happens to them at the virtual weights is undone.
         average: from this process' gradients to those of all processes.
     """
 
@@ -50,7 +50,7 @@ class BilevelProblem:
     alphas: Sequence[Tensor]
     xi: float = 0.0
     virtual_direction: Callable[[Tensors], Tensors] = field(default=lambda gradients: gradients)
-    buffers: Sequence[Tensor] = ()
+    buffers: Callable[[], Tensors] = list
     average: Average = list
 
 
@@ -123,15 +123,15 @@ class Unrolled:
 @contextmanager
 def virtual_weights(problem: BilevelProblem, direction: Tensors) -> Iterator[None]:
     """Within: weights are w' = w - xi * direction (Eq. 6); after: weights and buffers as before."""
-    weights = list(problem.weights)
-    saved, buffers = _copies(weights), _copies(problem.buffers)
+    weights, buffers = list(problem.weights), problem.buffers()
+    saved, saved_buffers = _copies(weights), _copies(buffers)
     with torch.no_grad():
         torch._foreach_add_(weights, direction, alpha=-problem.xi)
     try:
         yield
     finally:
         _copy_(weights, saved)
-        _copy_(problem.buffers, buffers)
+        _copy_(buffers, saved_buffers)
 
 
 def finite_difference_product(

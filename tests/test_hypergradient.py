@@ -180,7 +180,7 @@ def problem_of(network: nn.Module, optimizer: torch.optim.SGD, x: Tensor, y: Ten
         weights=network.weight_parameters(),
         alphas=network.arch_parameters(),
         virtual_direction=partial(sgd_direction, optimizer),
-        buffers=list(network.buffers()),
+        buffers=lambda: list(network.buffers()),
         **kwargs,
     )
 

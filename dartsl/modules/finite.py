@@ -19,6 +19,7 @@ class FiniteSteps:
         optimizer: whose steps they are.
 
     Attributes:
+        parameters: what the optimizer moves.
         skipped: their number since the run began.
         in_a_row: the number of the last ones, 0 where the last step was finite.
     """

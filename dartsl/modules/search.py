@@ -123,8 +123,8 @@ class SearchModule(ResumableModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip the gradients of the weights, which here are unscaled also under float16."""
-        norm = nn.utils.clip_grad_norm_(self.supernet.weight_parameters(), self.gradient_clip)
-        self.finite_steps[0].admit(norm)
+        steps = self.finite_steps[0]
+        steps.admit(nn.utils.clip_grad_norm_(steps.parameters, self.gradient_clip))
 
     def bilevel_problem(self, train: Batch, val: Batch) -> BilevelProblem:
         """What the hypergradient sees of this step."""
@@ -146,11 +146,12 @@ class SearchModule(ResumableModule):
         return BilevelProblem(
             train_loss=lambda: scaled(self.loss(*train)[0] * train_share),
             val_loss=val_loss,
-            weights=self.supernet.weight_parameters(),
+            # Not the supernet's word: a walk through its modules takes milliseconds.
+            weights=self.finite_steps[0].parameters,
             alphas=self.supernet.arch_parameters(),
             xi=weight_optimizer.param_groups[0]["lr"],
             virtual_direction=lambda gradients: sgd_direction(weight_optimizer, gradients),
-            buffers=list(self.supernet.buffers()),
+            buffers=lambda: list(self.supernet.buffers()),
             average=unscaled_average,
         )
 
