@@ -38,8 +38,9 @@ def assert_equal(case: tuple, dtype: torch.dtype, *, rounded: bool = False) -> N
     assert output.dtype == y.dtype == dtype
     assert difference(output.cpu(), expected.detach()) < TOLERANCE[dtype]
     var, mean = torch.var_mean(y.double().cpu(), (0, 2, 3))
-    assert torch.allclose(statistics[0].cpu().double(), mean, atol=1e-5)
-    assert torch.allclose(statistics[2].cpu().double(), var, rtol=1e-4)
+    exact = dtype == torch.float32  # in half precision y is rounded after they are taken
+    assert torch.allclose(statistics[0].cpu().double(), mean, atol=1e-5 if exact else 1e-4)
+    assert torch.allclose(statistics[2].cpu().double(), var, rtol=1e-4 if exact else 1e-3)
     for wanted in ((True, True), (True, False), (False, True)):
         found = gpu.backward(gradient, x, weights, y, statistics, maps, stride, wanted)
         for tensor, want, of_input in zip(found, wanted, of_inputs, strict=True):

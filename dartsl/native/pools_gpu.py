@@ -14,14 +14,16 @@ from torch import Tensor
 
 from dartsl.native import pools
 from dartsl.native.triton_sums import (
+    add_moments,
     counters,
     finish_moments,
     is_last,
-    moments,
+    no_moments,
     on_its_device,
     room,
     rows_at_once,
     share,
+    store_moments,
     tile_of,
     total_of,
 )
@@ -75,34 +77,31 @@ def _pool(
     c = block * C + tl.arange(0, C)
     all_channels = (MAXIMUM + AVERAGE) * channels
     second = MAXIMUM * channels + c  # where the average is
-    count = 0.0
-    mean = tl.zeros([C], tl.float32)
-    squares = tl.zeros([C], tl.float32)
-    average_mean = tl.zeros([C], tl.float32)
-    average_squares = tl.zeros([C], tl.float32)
+    count, mean, squares = no_moments(P, C, False)
+    average_count, average_mean, average_squares = count, mean, squares
     for tile in range(tiles):
         p = (program * tiles + tile) * P + tl.arange(0, P)
         ok, b, h, w = tile_of(p, pixels, out_height, out_width)
         mask = ok[:, None] & (c < channels)[None, :]
         highest, _, average = _window(x, ok, b, h, w, height, width, step, channels, c, P, C)
         if MAXIMUM:
-            highest = highest.to(y.dtype.element_ty)
-            tl.store(y + p[:, None] * all_channels + c[None, :], highest, mask=mask)
-            mean, squares = moments(highest.to(tl.float32), ok, count, mean, squares)
+            at = p[:, None] * all_channels + c[None, :]
+            tl.store(y + at, highest.to(y.dtype.element_ty), mask=mask)
+            count, mean, squares = add_moments(highest, ok, count, mean, squares, P, C, False)
         if AVERAGE:
-            average = average.to(y.dtype.element_ty)
-            tl.store(y + p[:, None] * all_channels + second[None, :], average, mask=mask)
-            average_mean, average_squares = moments(
-                average.to(tl.float32), ok, count, average_mean, average_squares
+            at = p[:, None] * all_channels + second[None, :]
+            tl.store(y + at, average.to(y.dtype.element_ty), mask=mask)
+            average_count, average_mean, average_squares = add_moments(
+                average, ok, average_count, average_mean, average_squares, P, C, False
             )
-        count += tl.sum(ok.to(tl.float32))
-    row = partial + program * 2 * all_channels
+    there = c < channels
     if MAXIMUM:
-        tl.store(row + c, mean, mask=c < channels)
-        tl.store(row + all_channels + c, squares, mask=c < channels)
+        store_moments(partial, count, mean, squares, all_channels, c, there, P, C, False)
     if AVERAGE:
-        tl.store(row + second, average_mean, mask=c < channels)
-        tl.store(row + all_channels + second, average_squares, mask=c < channels)
+        store_moments(
+            partial, average_count, average_mean, average_squares, all_channels, second, there,
+            P, C, False,
+        )  # fmt: skip
     if is_last(counter, block, tl.num_programs(0)):
         size, ok = tiles * P, c < channels
         if MAXIMUM:

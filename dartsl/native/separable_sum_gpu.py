@@ -33,14 +33,16 @@ from dartsl.native import separable_sum
 from dartsl.native.separable_sum import MAX_CHAINS
 from dartsl.native.triton_sums import (
     MULTIPROCESSORS,
+    add_moments,
     counters,
     finish_moments,
     is_last,
-    moments,
+    no_moments,
     on_its_device,
     room,
     rows_at_once,
     share,
+    store_moments,
     tile_of,
     total_of,
 )
@@ -185,9 +187,7 @@ def _convolve(
     x += _input_of(unit, sources, I)
     first_row = _taps_before(branch, size_0, size_1, size_2) * I
     depth = size * size * I
-    count = 0.0
-    mean = tl.zeros([BO], tl.float32)
-    squares = tl.zeros([BO], tl.float32)
+    count, mean, squares = no_moments(P, BO, True)
     for tile in range(tiles):
         p = (program * tiles + tile) * P + tl.arange(0, P)
         ok, origin, row, column = _middles(p, pixels, sources * I, H, W, STRIDE)
@@ -199,14 +199,12 @@ def _convolve(
             at = (first_row + k)[:, None] * (groups * O) + (first_group * O + o)[None, :]
             weight = tl.load(matrices + at, mask=(k < depth)[:, None] & o_ok[None, :], other=0.0)
             product = tl.dot(found, weight, product, input_precision=PRECISION)
-        value = product.to(y.dtype.element_ty)
         at = p[:, None] * outputs + (unit * members * O + o)[None, :]
-        tl.store(y + at, value, mask=ok[:, None] & o_ok[None, :])
-        mean, squares = moments(value.to(tl.float32), ok, count, mean, squares)
-        count += tl.sum(ok.to(tl.float32))
+        tl.store(y + at, product.to(y.dtype.element_ty), mask=ok[:, None] & o_ok[None, :])
+        # Of what is not rounded: to go there and back takes a GPU long.
+        count, mean, squares = add_moments(product, ok, count, mean, squares, P, BO, True)
     at = unit * members * O + o
-    tl.store(partial + program * 2 * outputs + at, mean, mask=o_ok)
-    tl.store(partial + (program * 2 + 1) * outputs + at, squares, mask=o_ok)
+    store_moments(partial, count, mean, squares, outputs, at, o_ok, P, BO, True)
     if is_last(counter, place, tl.num_programs(0)):
         finish_moments(partial, statistics, pixels, tiles * P, outputs, at, o_ok, eps, BO, ROWS)
 

@@ -61,14 +61,64 @@ def total_of(partial, columns, at, ok, C: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def moments(value, ok, count, mean, squares):
-    """Mean and squares around it, of so many pixels before and of these (Chan et al., 1979)."""
-    number = tl.sum(ok.to(tl.float32))
-    of_tile = tl.sum(tl.where(ok[:, None], value, 0.0), 0) / tl.maximum(number, 1.0)
-    around = tl.where(ok[:, None], value - of_tile[None, :], 0.0)
+def by_thread(value, P: tl.constexpr, C: tl.constexpr, PRODUCT: tl.constexpr):
+    """[P, C] as [A, W, H, L, C], where a thread holds all of A and H, and of the others one place.
+
+    So it does of a PRODUCT of matrices of four warps; with others the same is found, but slower.
+    """
+    if PRODUCT and P % 64 == 0:
+        value = tl.reshape(value, [P // 64, 4, 2, 8, C])
+    else:
+        value = tl.reshape(value, [1, P, 1, 1, C])
+    return value
+
+
+@triton.jit
+def over_thread(value):
+    """The sums [1, W, 1, L, C] over what a thread holds."""
+    return tl.sum(tl.sum(value, 2, keep_dims=True), 0, keep_dims=True)
+
+
+@triton.jit
+def no_moments(P: tl.constexpr, C: tl.constexpr, PRODUCT: tl.constexpr):
+    """Of no pixels: number, means, and squares around them."""
+    zeros = over_thread(by_thread(tl.zeros([P, C], tl.float32), P, C, PRODUCT))
+    return over_thread(by_thread(tl.zeros([P, 1], tl.float32), P, 1, PRODUCT)), zeros, zeros
+
+
+@triton.jit
+def add_moments(
+    value, ok, count, mean, squares, P: tl.constexpr, C: tl.constexpr, PRODUCT: tl.constexpr
+):
+    """Those of the pixels before and of these [P, C], of which some are there (Chan et al., 1979).
+
+    By threads: they need not wait for each other until `store_moments`.
+    """
+    ok = by_thread(ok[:, None].to(tl.float32), P, 1, PRODUCT)
+    value = by_thread(value, P, C, PRODUCT)
+    number = over_thread(ok)
+    of_these = over_thread(tl.where(ok > 0, value, 0.0)) * (1 / tl.maximum(number, 1.0))
+    around = tl.where(ok > 0, value - of_these, 0.0)
     part = number / tl.maximum(count + number, 1.0)
-    squares += tl.sum(around * around, 0) + (of_tile - mean) * (of_tile - mean) * count * part
-    return mean + (of_tile - mean) * part, squares
+    away = of_these - mean
+    squares += over_thread(around * around) + away * away * (count * part)
+    return count + number, mean + away * part, squares
+
+
+@triton.jit
+def store_moments(
+    partial, count, mean, squares, columns, at, ok,
+    P: tl.constexpr, C: tl.constexpr, PRODUCT: tl.constexpr,
+):  # fmt: skip
+    """This program's row of all, [2, columns]: mean and squares around it at places `at` [C]."""
+    rows: tl.constexpr = 32 if PRODUCT and P % 64 == 0 else P
+    count, mean = tl.reshape(count, [rows, 1]), tl.reshape(mean, [rows, C])
+    of_all = tl.sum(count * mean, 0) / tl.sum(count)
+    away = mean - of_all[None, :]
+    squares = tl.sum(tl.reshape(squares, [rows, C]) + count * away * away, 0)
+    partial += tl.program_id(0) * 2 * columns
+    tl.store(partial + at, of_all, mask=ok)
+    tl.store(partial + columns + at, squares, mask=ok)
 
 
 @triton.jit

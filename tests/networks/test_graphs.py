@@ -115,7 +115,7 @@ def test_hypergradients(hypergradient) -> None:
                 weights=network.weight_parameters(),
                 alphas=network.arch_parameters(),
                 xi=0.1,
-                buffers=lambda: list(network.buffers()),
+                buffers=list(network.buffers()).copy,
             )
             gradients = hypergradient(problem)
             with held_constant(network.arch_parameters()):
