@@ -15,6 +15,7 @@ from torch import Tensor
 from dartsl.native import pools
 from dartsl.native.triton_sums import (
     add_moments,
+    are_there,
     counters,
     finish_moments,
     is_last,
@@ -25,6 +26,7 @@ from dartsl.native.triton_sums import (
     share,
     store_moments,
     tile_of,
+    tiles_of,
     total_of,
 )
 
@@ -70,7 +72,7 @@ def _pool(
     height: tl.constexpr, width: tl.constexpr,
     out_height: tl.constexpr, out_width: tl.constexpr, step: tl.constexpr,
     MAXIMUM: tl.constexpr, AVERAGE: tl.constexpr,
-    P: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
+    P: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """The pools [N, (MAXIMUM + AVERAGE) C], and their statistics."""
     program, block = tl.program_id(0), tl.program_id(1)
@@ -79,9 +81,10 @@ def _pool(
     second = MAXIMUM * channels + c  # where the average is
     count, mean, squares = no_moments(P, C, False)
     average_count, average_mean, average_squares = count, mean, squares
-    for tile in range(tiles):
+    for tile in range(tiles_of(program, tiles, pixels, P)):
         p = (program * tiles + tile) * P + tl.arange(0, P)
-        ok, b, h, w = tile_of(p, pixels, out_height, out_width)
+        ok = are_there(p, pixels, WHOLE)
+        b, h, w = tile_of(p, out_height, out_width)
         mask = ok[:, None] & (c < channels)[None, :]
         highest, _, average = _window(x, ok, b, h, w, height, width, step, channels, c, P, C)
         if MAXIMUM:
@@ -170,7 +173,7 @@ def _sum_edges(
     of_own = tl.zeros([P, C], tl.float32)
     of_highest = tl.zeros([P, C], tl.float32)
     of_average = tl.zeros([P, C], tl.float32)
-    for tile in range(tiles):
+    for tile in range(tiles_of(program, tiles, pixels, P)):
         p = (program * tiles + tile) * P + tl.arange(0, P)
         mask = (p < pixels)[:, None] & ok[None, :]
         at = p[:, None] * (edges * channels) + (edge * channels + c)[None, :]
@@ -235,7 +238,8 @@ def _of_maps(
     """
     p = tl.program_id(0) * P + tl.arange(0, P)
     c = tl.program_id(1) * C + tl.arange(0, C)
-    ok, b, h, w = tile_of(p, pixels, out_height, out_width)
+    ok = p < pixels
+    b, h, w = tile_of(p, out_height, out_width)
     there = c < channels
     mask = ok[:, None] & there[None, :]
     all_channels = (MAXIMUM + AVERAGE) * channels
@@ -284,7 +288,8 @@ def _gather(
     """The gradient of x, [B H W, C], from those of the windows that a pixel is in."""
     p = tl.program_id(0) * P + tl.arange(0, P)
     c = tl.program_id(1) * C + tl.arange(0, C)
-    ok, b, h, w = tile_of(p, pixels, height, width)
+    ok = p < pixels
+    b, h, w = tile_of(p, height, width)
     mask = ok[:, None] & (c < channels)[None, :]
     at = p[:, None] * channels + c[None, :]
     total = tl.zeros([P, C], tl.float32)
@@ -321,7 +326,7 @@ def forward(
     _pool[programs, columns](
         x, y, room(x, programs * 2 * y.shape[1]), counters(x.device), statistics, eps,
         pixels, tiles, channels, *x.shape[2:], *y.shape[2:], stride, *kinds,
-        P=rows, C=block, ROWS=rows_at_once(block),
+        P=rows, C=block, ROWS=rows_at_once(block), WHOLE=pixels % rows == 0,
     )  # fmt: skip
     _weigh[triton.cdiv(pixels, rows), columns](
         x, y, statistics, weights, output, pixels, len(weights), channels,

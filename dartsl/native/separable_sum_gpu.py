@@ -34,6 +34,7 @@ from dartsl.native.separable_sum import MAX_CHAINS
 from dartsl.native.triton_sums import (
     MULTIPROCESSORS,
     add_moments,
+    are_there,
     counters,
     finish_moments,
     is_last,
@@ -44,9 +45,11 @@ from dartsl.native.triton_sums import (
     share,
     store_moments,
     tile_of,
+    tiles_of,
     total_of,
 )
 
+REACH = tl.constexpr(7)  # from a kernel's middle: a dilation of 2 and a size of 7 are 6
 # Numbers that no kernel is compiled anew for.
 SIZES = [
     "pixels", "numbers", "tiles", "groups", "members", "blocks", "split", "summed", "programs",
@@ -82,11 +85,6 @@ def _taps_before(branch, size_0, size_1, size_2):
 
 
 @triton.jit
-def _within(place, length):
-    return place.to(tl.uint32, bitcast=True) < length  # a negative number is a large one
-
-
-@triton.jit
 def _over(number, divisor):
     """`number // divisor`, which takes a GPU 20 instructions.
 
@@ -96,37 +94,49 @@ def _over(number, divisor):
 
 
 @triton.jit
-def _unless(ok, place):
-    """The place, or one that is outside of every map, with any step."""
-    return tl.where(ok, place, 1 << 20)
+def _beyond(ok, row, column, H: tl.constexpr, W: tl.constexpr):
+    """Which rows and columns up to REACH from a pixel are outside of the map, as bits; see `_bits`.
+
+    Where there is no such pixel, all are.
+    """
+    top, left = tl.maximum(-row, -REACH) + REACH, tl.maximum(-column, -REACH) + REACH
+    bottom = tl.minimum(H - 1 - row, REACH) + REACH
+    right = tl.minimum(W - 1 - column, REACH) + REACH
+    rows, columns = (2 << bottom) - (1 << top), (2 << right) - (1 << left)
+    return tl.where(ok, ~(rows | columns << (2 * REACH + 1)), -1)
 
 
 @triton.jit
-def _middles(p, pixels, row_size, H: tl.constexpr, W: tl.constexpr, STRIDE: tl.constexpr):
-    """Which output pixels p there are, and what their kernels' middles read: where, row, column."""
-    ok, b, h, w = tile_of(p, pixels, (H - 1) // STRIDE + 1, (W - 1) // STRIDE + 1)
+def _bits(ok, down, right):
+    """The bits of what is so far from a pixel; if not ok, one that is always set."""
+    return tl.where(ok, (1 << (down + REACH)) | (1 << (right + 3 * REACH + 1)), 1 << 30)
+
+
+@triton.jit
+def _middles(p, ok, row_size, H: tl.constexpr, W: tl.constexpr, STRIDE: tl.constexpr):
+    """Where the middles of output pixels' kernels are in memory, and what is outside there."""
+    b, h, w = tile_of(p, (H - 1) // STRIDE + 1, (W - 1) // STRIDE + 1)
     row, column = h * STRIDE, w * STRIDE
-    return ok, ((b * H + row) * W + column) * row_size, _unless(ok, row), column
+    return ((b * H + row) * W + column) * row_size, _beyond(ok, row, column, H, W)
 
 
 @triton.jit
 def _steps(k, depth, size, dilation, row_size, W: tl.constexpr, I: tl.constexpr):
-    """How far from a kernel's middle is what rows k of W multiply: in memory, down, right."""
+    """How far from a kernel's middle in memory is what rows k of W multiply, and its bits."""
     tap = k // I
     row = _over(tap, size)
     down, right = dilation * (row - size // 2), dilation * (tap - row * size - size // 2)
-    return (down * W + right) * row_size + k % I, _unless(k < depth, down), right
+    return (down * W + right) * row_size + k % I, _bits(k < depth, down, right)
 
 
 @triton.jit
-def _around(x, at, row, column, step_at, down, right, H: tl.constexpr, W: tl.constexpr):
+def _around(x, at, beyond, step_at, bits):
     """Of x, for pixels [P] and steps [K] away from them, [P, K]; 0 outside.
 
     A pixel is `at` a place in memory, and what is a step away stands `step_at` numbers behind it.
     """
-    row, column = row[:, None] + down[None, :], column[:, None] + right[None, :]
-    there = _within(row, H) & _within(column, W)
-    return tl.load(x + (at[:, None] + step_at[None, :]), mask=there, other=0.0)
+    there = (beyond[:, None] & bits[None, :]) == 0
+    return tl.load((x + at)[:, None] + step_at[None, :], mask=there, other=0.0)
 
 
 @triton.jit
@@ -168,7 +178,7 @@ def _convolve(
     y, partial, counter, statistics, eps,
     pixels, groups, members, blocks, sources, tiles,
     H: tl.constexpr, W: tl.constexpr, STRIDE: tl.constexpr, I: tl.constexpr, O: tl.constexpr,
-    P: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr, ROWS: tl.constexpr,
+    P: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Y [N, T G O], and [3, T G O]: its mean, 1 / sqrt(var + eps) and variance without bias.
@@ -188,14 +198,15 @@ def _convolve(
     first_row = _taps_before(branch, size_0, size_1, size_2) * I
     depth = size * size * I
     count, mean, squares = no_moments(P, BO, True)
-    for tile in range(tiles):
+    for tile in range(tiles_of(program, tiles, pixels, P)):
         p = (program * tiles + tile) * P + tl.arange(0, P)
-        ok, origin, row, column = _middles(p, pixels, sources * I, H, W, STRIDE)
+        ok = are_there(p, pixels, WHOLE)
+        origin, beyond = _middles(p, ok, sources * I, H, W, STRIDE)
         product = tl.zeros([P, BO], tl.float32)
         for begin in range(0, depth, BK):
             k = begin + tl.arange(0, BK)
-            step_at, down, right = _steps(k, depth, size, dilation, sources * I, W, I)
-            found = _around(x, origin, row, column, step_at, down, right, H, W)
+            step_at, bits = _steps(k, depth, size, dilation, sources * I, W, I)
+            found = _around(x, origin, beyond, step_at, bits)
             at = (first_row + k)[:, None] * (groups * O) + (first_group * O + o)[None, :]
             weight = tl.load(matrices + at, mask=(k < depth)[:, None] & o_ok[None, :], other=0.0)
             product = tl.dot(found, weight, product, input_precision=PRECISION)
@@ -295,7 +306,7 @@ def _sum_gradient(
     # By place in a tile, so that nothing waits for other pixels before the end.
     totals = tl.zeros([P, C], tl.float32)
     products_of = tl.zeros([P, C], tl.float32)
-    for tile in range(tiles):
+    for tile in range(tiles_of(program, tiles, pixels, P)):
         p = (program * tiles + tile) * P + tl.arange(0, P)
         mask = (p < pixels)[:, None] & ok[None, :]
         g = tl.load(gradient + p[:, None] * channels + c[None, :], mask=mask, other=0.0)
@@ -356,7 +367,8 @@ def _gradient_of_matrices(
     gradient, x, size_0, size_1, size_2, size_3, dilation_0, dilation_1, dilation_2, dilation_3,
     partial, pixels, groups, members, blocks, sources, tiles, rows,
     H: tl.constexpr, W: tl.constexpr, STRIDE: tl.constexpr, I: tl.constexpr, O: tl.constexpr,
-    P: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr, PRECISION: tl.constexpr,
+    P: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr, WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Programs' shares of the gradient of W, of all branches, by that of Y.
 
@@ -373,13 +385,14 @@ def _gradient_of_matrices(
     x += _input_of(unit, sources, I)
     depth = size * size * I
     k = tl.program_id(1) * BK + tl.arange(0, BK)
-    step_at, down, right = _steps(k, depth, size, dilation, sources * I, W, I)
+    step_at, bits = _steps(k, depth, size, dilation, sources * I, W, I)
     if tl.program_id(1) * BK < depth:
         total = tl.zeros([BK, BO], tl.float32)
-        for tile in range(tiles):
+        for tile in range(tiles_of(program, tiles, pixels, P)):
             p = (program * tiles + tile) * P + tl.arange(0, P)
-            ok, origin, row, column = _middles(p, pixels, sources * I, H, W, STRIDE)
-            found = _around(x, origin, row, column, step_at, down, right, H, W)
+            ok = are_there(p, pixels, WHOLE)
+            origin, beyond = _middles(p, ok, sources * I, H, W, STRIDE)
+            found = _around(x, origin, beyond, step_at, bits)
             at = p[:, None] * outputs + (unit * members * O + o)[None, :]
             g = tl.load(gradient + at, mask=ok[:, None] & o_ok[None, :], other=0.0)
             total = tl.dot(tl.trans(found), g, total, input_precision=PRECISION)
@@ -448,7 +461,7 @@ def _gradient_of_input(
     dilation_0, dilation_1, dilation_2, dilation_3, x, partial, counter, x_gradient,
     pixels, numbers, groups, members, units, summed,
     H: tl.constexpr, W: tl.constexpr, STRIDE: tl.constexpr, I: tl.constexpr, O: tl.constexpr,
-    P: tl.constexpr, BK: tl.constexpr, BI: tl.constexpr, APART: tl.constexpr,
+    P: tl.constexpr, BK: tl.constexpr, BI: tl.constexpr, APART: tl.constexpr, WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of what x [B H W, S I] was rectified from, by that of Y.
@@ -469,8 +482,9 @@ def _gradient_of_input(
     i = tl.program_id(1) * BI + tl.arange(0, BI)
     height: tl.constexpr = (H - 1) // STRIDE + 1
     width: tl.constexpr = (W - 1) // STRIDE + 1
-    ok, b, h, w = tile_of(p, pixels, height, width)
-    row = _unless(ok, h)
+    ok = are_there(p, pixels, WHOLE)
+    b, h, w = tile_of(p, height, width)
+    beyond = _beyond(ok, h, w, height, width)
     total = tl.zeros([P, BI], tl.float32)
     for unit in range(begin_unit, end_unit):
         branch, first_group = unit * members // groups, unit * members % groups
@@ -491,8 +505,8 @@ def _gradient_of_input(
             down = (below - dilation * (tap_row - size // 2)) >> (STRIDE - 1)
             right = (beside - dilation * (tap_column - size // 2)) >> (STRIDE - 1)
             step_at = (down * width + right) * outputs + unit * members * O + o
-            down = _unless(k < depth, down)
-            g = _around(gradient, p * outputs, row, w, step_at, down, right, height, width)
+            bits = _bits(k < depth, down, right)
+            g = _around(gradient, p * outputs, beyond, step_at, bits)
             at = (first_row + (tap_row * size + tap_column) * I)[:, None] + i[None, :]
             at = at * (groups * O) + (first_group * O + o)[:, None]
             mask = (k < depth)[:, None] & (i < I)[None, :]
@@ -598,7 +612,8 @@ class Level:
             self.x, self.matrices, *self.shapes, y, room(y, programs * 2 * channels),
             counters(y.device), statistics, eps,
             self.pixels, self.groups, self.members, blocks, self.sources, tiles,
-            P=pixels, BK=self.inner_block, BO=block, ROWS=rows_at_once(block), **self.constants,
+            P=pixels, BK=self.inner_block, BO=block, ROWS=rows_at_once(block),
+            WHOLE=self.pixels % pixels == 0, **self.constants,
         )  # fmt: skip
         return y, statistics
 
@@ -621,7 +636,8 @@ class Level:
         _gradient_of_input[programs, blocks, summed if apart else self.sources](
             gradient, self.matrices, *self.shapes, self.x, partial, counters(output.device), output,
             self.pixels, output.numel(), self.groups, self.members, self.units, summed,
-            P=rows, BK=self.inner_block, BI=block, APART=apart, **self.constants,
+            P=rows, BK=self.inner_block, BI=block, APART=apart, WHOLE=self.pixels % rows == 0,
+            **self.constants,
         )  # fmt: skip
         return output
 
@@ -640,7 +656,8 @@ class Level:
         _gradient_of_matrices[programs, lines, self.units * blocks](
             gradient, self.x, *self.shapes, partial,
             self.pixels, self.groups, self.members, blocks, self.sources, tiles, self.rows,
-            P=self.inner_block, BK=line, BO=block, **self.constants,
+            P=self.inner_block, BK=line, BO=block, WHOLE=self.pixels % self.inner_block == 0,
+            **self.constants,
             num_stages=4 if block <= 32 else 3,
         )  # fmt: skip
         of_depthwise = [torch.empty_like(weight) for weight in self.depthwise]

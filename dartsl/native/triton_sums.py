@@ -18,13 +18,23 @@ PARTS = 4096  # numbers that a program adds at once: what registers hold
 
 
 @triton.jit
-def tile_of(p, pixels, height: tl.constexpr, width: tl.constexpr):
-    """Of output pixels p: which of them there are, their image, row and column."""
-    ok = p < pixels
+def tiles_of(program, tiles, pixels, P: tl.constexpr):
+    """How many tiles of P pixels a program has, of which each but the last has so many."""
+    return tl.minimum(tiles, (pixels - program * tiles * P + P - 1) // P)
+
+
+@triton.jit
+def are_there(p, pixels, WHOLE: tl.constexpr):
+    """Which of the pixels p there are: all, if known, and no kernel asks for it."""
+    return tl.full(p.shape, True, tl.int1) if WHOLE else p < pixels
+
+
+@triton.jit
+def tile_of(p, height: tl.constexpr, width: tl.constexpr):
+    """Of output pixels p: their image, row and column."""
     p = p.to(tl.uint32)  # whose divisions by powers of two are shifts
     row, rest = p // width, p % (height * width)
     return (
-        ok,
         (row // height).to(tl.int32),
         (rest // width).to(tl.int32),
         (p % width).to(tl.int32),
