@@ -8,7 +8,7 @@ keeps the pools alone.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +83,11 @@ def weighs_pools(x: Tensor) -> bool:
     return types is not None and (not x.is_cuda or _weighs_well(x.device, types.maps))
 
 
+def evaluates_pools(x: Tensor) -> bool:
+    """Whether, where `weighs_pools`, `evaluated_pools` does so, too: on a GPU."""
+    return x.is_cuda and not torch.is_grad_enabled()
+
+
 @found_once
 def _weighs_well(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether it has done so on this GPU, in the shapes of the paper's first cells."""
@@ -118,8 +123,8 @@ class WeightedPools(torch.autograd.Function):
             [B, k C, ceil(H / stride), ceil(W / stride)] and [3, P C]: the pools' mean,
             1 / sqrt(var + eps) and variance without bias.
         """
-        maps = [int(kind in kinds) for kind in (IDENTITY, MAXIMUM, AVERAGE)]
-        output, y, statistics = torch.ops.dartsl.weighted_pools(x, weights, maps, stride, eps)
+        maps = _flags(kinds)
+        output, y, statistics = torch.ops.dartsl.weighted_pools(x, weights, maps, stride, eps, [])
         ctx.save_for_backward(x, weights, y, statistics)
         ctx.options = maps, stride, eps
         ctx.mark_non_differentiable(statistics)
@@ -145,6 +150,35 @@ class WeightedPools(torch.autograd.Function):
             )
         of_inputs = (single if want else None for single, want in zip(found, wanted, strict=True))
         return *of_inputs, None, None, None
+
+
+def evaluated_pools(
+    x: Tensor,
+    weights: Tensor,
+    kinds: Sequence[int],
+    stride: int,
+    eps: float,
+    running: Sequence[Tensor],
+) -> Tensor:
+    """In evaluation: every edge has statistics of its own, and nothing has gradients.
+
+    Args:
+        x: [B, C, H, W].
+        weights: [k, M].
+        kinds: see `WeightedPools`.
+        stride: see there.
+        eps: see there.
+        running: means of the pools, [k C] each, then their variances.
+
+    Returns:
+        [B, k C, ceil(H / stride), ceil(W / stride)].
+    """
+    found = torch.ops.dartsl.weighted_pools(x, weights, _flags(kinds), stride, eps, running)
+    return cast(tuple[Tensor, ...], found)[0]
+
+
+def _flags(kinds: Sequence[int]) -> list[int]:
+    return [int(kind in kinds) for kind in (IDENTITY, MAXIMUM, AVERAGE)]
 
 
 def _formula(x: Tensor, weights: Tensor, maps: Sequence[int], stride: int, eps: float) -> Tensor:

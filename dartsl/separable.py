@@ -336,7 +336,9 @@ def fused_sum(
     depthwise = [unit.depthwise.weight for unit in units + second]
     pointwise = [unit.pointwise.weight for unit in units + second]
     if not units[0].norm.training:
-        running = [_running(level, depthwise[0]) for level in (units, second)]
+        running = [
+            s for level in (units, second) for s in running_statistics(u.norm for u in level)
+        ]
         given = *ends, affine, depthwise, pointwise, *options, running
         return cast(list[Tensor], torch.ops.dartsl.separable_sum(*given))[0]
     output, *statistics = SeparableSum.apply(*ends, options, *affine, *depthwise, *pointwise)
@@ -348,13 +350,10 @@ def fused_sum(
     return output
 
 
-def _running(level: Sequence[Unit], like: Tensor) -> Tensor:
-    """Of the norms of a level: running mean, 1 / sqrt(var + eps) and var, [3, channels]."""
-    if not level:
-        return like.new_empty(3, 0)
-    mean = torch.cat([unit.norm.running_mean for unit in level])
-    var = torch.cat([unit.norm.running_var for unit in level])
-    return torch.stack([mean, torch.rsqrt(var + level[0].norm.eps), var])
+def running_statistics(norms: Iterable[Any]) -> list[Tensor]:
+    """The norms' means, then their variances."""
+    norms = list(norms)
+    return [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
 
 
 def _rows(rows: Sequence[Tensor]) -> Tensor:

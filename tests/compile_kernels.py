@@ -68,6 +68,8 @@ def separable_sums(gpu: ModuleType, dtype: torch.dtype) -> None:
         scales, inner = torch.zeros(len(kernels), total), [torch.zeros(deep, total)] * 2
         given = [torch.zeros(total), *inner[: 2 * deep]] if affine else [], depthwise, pointwise
         options = (1,) * len(all_kernels), deep, stride
+        norms = [torch.zeros(total)] * 2 * len(all_kernels)
+        gpu.forward(x, scales, None, *given, *options, 1e-5, norms)
         output, *kept = gpu.forward(x, scales, None, *given, *options, 1e-5)
         gpu.backward(output, x, scales, *given, kept, *options, (True, True))
 
@@ -75,6 +77,7 @@ def separable_sums(gpu: ModuleType, dtype: torch.dtype) -> None:
 def pools(gpu: ModuleType, dtype: torch.dtype) -> None:
     """Of a node of the search."""
     x, weights = channels_last(64, 16, 32, dtype), torch.zeros(4, 3)
+    gpu.forward(x, weights, (1, 1, 1), 1, 1e-5, [torch.zeros(64)] * 4)
     output, y, statistics = gpu.forward(x, weights, (1, 1, 1), 1, 1e-5)
     gpu.backward(output, x, weights, y, statistics, (1, 1, 1), 1, (True, True))
 

@@ -196,9 +196,9 @@ def test_gradients_and_their_gradients_are_those_of_finite_differences(each_code
 @needs_compiler
 def test_the_operations_of_torch() -> None:
     x, weights = (tensor.detach() for tensor in inputs(CASES[0]))
-    output, y, statistics = torch.ops.dartsl.weighted_pools(x, weights, [1, 1, 1], 1, 1e-5)
+    output, y, statistics = torch.ops.dartsl.weighted_pools(x, weights, [1, 1, 1], 1, 1e-5, [])
     operation = torch.ops.dartsl.weighted_pools.default
-    torch.library.opcheck(operation, (x, weights, [1, 1, 1], 1, 1e-5))
+    torch.library.opcheck(operation, (x, weights, [1, 1, 1], 1, 1e-5, []))
     for wanted in itertools.product((False, True), repeat=2):
         arguments = output, x, weights, y, statistics, [1, 1, 1], 1, list(wanted)
         operation = torch.ops.dartsl.weighted_pools_backward.default
@@ -260,6 +260,8 @@ def test_what_is_shared() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert not can_share([pool()], x, rows(1))
     assert not can_share([pool()], x.bfloat16(), rows(1))
+    with torch.no_grad():  # in evaluation, on a GPU alone
+        assert not can_share([pool().eval()], x, rows(1))
 
 
 @needs_compiler

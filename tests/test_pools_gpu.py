@@ -2,8 +2,11 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dartsl.fused import Precision
+from dartsl.networks import merged
+from dartsl.networks.merged import NormalizedPool, Source, can_share, shared_sum
 from dartsl.pools import AvgPool2d, _formula
 from tests.triton_kernels import DEVICE, TOLERANCE, TYPES, difference, load
 
@@ -87,6 +90,42 @@ def test_moments_of_maps_far_from_zero_whose_first_pixels_are_there(monkeypatch)
     biased = var * (x[:, 0].numel() - 1) / x[:, 0].numel()
     for found, expected in zip(statistics.cpu(), (mean, 1 / biased.sqrt(), var), strict=True):
         assert torch.allclose(found.double(), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_in_evaluation_pools_are_normalized_by_running_statistics(stride, monkeypatch) -> None:
+    """Those of every edge are its own."""
+    if DEVICE == "cpu":
+        types = Precision(torch.float32, torch.float32)
+        monkeypatch.setattr(merged, "precision", lambda x: types)
+        monkeypatch.setattr(merged, "weighs_pools", lambda x: True)
+        monkeypatch.setattr(merged, "evaluates_pools", lambda x: not torch.is_grad_enabled())
+        monkeypatch.setattr(torch.ops.dartsl, "weighted_pools", gpu.forward)
+    torch.manual_seed(0)
+    edges, channels = 3, 6
+    pools = [nn.MaxPool2d(3, stride, padding=1)]
+    pools += [AvgPool2d(3, stride, padding=1, count_include_pad=False)]
+    operations = [NormalizedPool(pool, channels, edges).to(DEVICE).eval() for pool in pools]
+    for norm in (norm for _, norm in operations):
+        nn.init.normal_(norm.running_mean)
+        nn.init.uniform_(norm.running_var, 0.5, 2.0)
+    operations = [nn.Identity()] * (stride == 1) + operations[::-1]
+    x, rows = torch.randn(2, channels, 7, 6), torch.rand(len(operations), edges)
+    x, columns = x.to(DEVICE), list(rows.to(DEVICE))
+    assert not can_share(operations, x, columns)  # it would give no gradients
+    with torch.no_grad():
+        assert can_share(operations, x, columns)
+        found = shared_sum(operations, x, columns)
+        expected = torch.zeros_like(found)
+        for operation, column in zip(operations, columns, strict=True):
+            row = column.repeat_interleave(channels)
+            if isinstance(operation, nn.Identity):
+                expected += torch.cat([x] * edges, dim=1) * row[:, None, None]
+            else:
+                expected += operation(Source(x, edges), row)
+        operations[-1].train()
+        assert not can_share(operations, x, columns)
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
 def test_nan_is_the_highest() -> None:

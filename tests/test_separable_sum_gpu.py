@@ -116,10 +116,12 @@ def test_a_sum_of_chains_whose_gradients_are_not_all_wanted(wanted) -> None:
     assert_equal(SUMS[4], torch.float32, wanted)
 
 
+@pytest.mark.parametrize("image", [(13, 11), (16, 10)], ids=["parts", "whole"])
 @pytest.mark.parametrize("multiprocessors", [1, 3])
-def test_few_programs_take_many_blocks_of_pixels(multiprocessors, monkeypatch) -> None:
+def test_few_programs_take_many_blocks_of_pixels(multiprocessors, image, monkeypatch) -> None:
+    """The last one fewer than others, and of these the last may be a part."""
     monkeypatch.setattr(triton_sums, "MULTIPROCESSORS", multiprocessors)
-    assert_equal(((3, 3), (1, 1), 1, 1, 16, 1, (13, 11)), torch.float32)
+    assert_equal(((3, 3), (1, 1), 1, 1, 16, 1, image), torch.float32)
 
 
 def test_the_last_program_adds_in_several_rounds(monkeypatch) -> None:

@@ -15,7 +15,8 @@ IDENTITY, MAXIMUM, AVERAGE = range(3)  # the maps, in the order of their weights
 FORWARD = "dartsl::weighted_pools"
 torch.library.define(
     FORWARD,
-    "(Tensor x, Tensor weights, int[] maps, int stride, float eps) -> (Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor weights, int[] maps, int stride, float eps, Tensor[] running)"
+    " -> (Tensor, Tensor, Tensor)",
 )
 BACKWARD = "dartsl::weighted_pools_backward"
 torch.library.define(
@@ -27,7 +28,12 @@ torch.library.define(
 
 @torch.library.impl(FORWARD, "CPU")
 def forward(
-    x: Tensor, weights: Tensor, maps: Sequence[int], stride: int, eps: float
+    x: Tensor,
+    weights: Tensor,
+    maps: Sequence[int],
+    stride: int,
+    eps: float,
+    running: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`dartsl.pools.weighted_pools`, and what its gradient needs.
 
@@ -37,11 +43,14 @@ def forward(
         maps: 1 where it is one of the maps and 0 where not: x, its maximum, its average.
         stride: of the pools, 1 or 2; 1 where x is one of the maps.
         eps: of the BatchNorms.
+        running: means of the pools' norms, of all edges, and then their variances, in place of the
+            batch's, [k C]; none for those. On a GPU alone.
 
     Returns:
         The output, [B, k C, H', W'], and the pools, [B, P C, H', W'], both in channels_last; mean,
         1 / sqrt(var + eps) and variance without bias of the latter, [3, P C].
     """
+    assert not running
     output, y, statistics = found = _results(x, weights, maps, stride)
     sizes = _sizes(x, weights, maps, stride)
     given = x.contiguous(memory_format=torch.channels_last), weights.contiguous()
@@ -85,7 +94,12 @@ def backward(
 
 @torch.library.register_fake(FORWARD)
 def _fake_forward(
-    x: Tensor, weights: Tensor, maps: Sequence[int], stride: int, eps: float
+    x: Tensor,
+    weights: Tensor,
+    maps: Sequence[int],
+    stride: int,
+    eps: float,
+    running: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _results(x, weights, maps, stride)
 

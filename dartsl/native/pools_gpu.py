@@ -19,6 +19,7 @@ from dartsl.native.triton_sums import (
     counters,
     finish_moments,
     is_last,
+    join_running,
     no_moments,
     on_its_device,
     room,
@@ -115,13 +116,24 @@ def _pool(
             )
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit
+def _normalize(value, statistics, at, row, ok):
+    """The channels `at` of a map, by their means and what stands a row behind these."""
+    mean = tl.load(statistics + at, mask=ok, other=0.0)
+    inverse = tl.load(statistics + row + at, mask=ok, other=0.0)
+    return (value - mean[None, :]) * inverse[None, :]
+
+
+@triton.jit(do_not_specialize=[*SIZES, "step"])
 def _weigh(
-    x, y, statistics, weights, output, pixels, edges, channels,
+    x, y, statistics, weights, output, pixels, edges, step, channels,
     IDENTITY: tl.constexpr, MAXIMUM: tl.constexpr, AVERAGE: tl.constexpr,
     P: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Of every edge the weighted sum of the maps, [N, k C]."""
+    """Of every edge the weighted sum of the maps, [N, k C].
+
+    Its statistics are `step` numbers behind those of the edge before.
+    """
     p = tl.program_id(0) * P + tl.arange(0, P)
     c = tl.program_id(1) * C + tl.arange(0, C)
     mask = (p < pixels)[:, None] & (c < channels)[None, :]
@@ -130,18 +142,22 @@ def _weigh(
     maps: tl.constexpr = IDENTITY + MAXIMUM + AVERAGE
     if IDENTITY:
         own = tl.load(x + p[:, None] * channels + c[None, :], mask=mask, other=0.0).to(tl.float32)
+    row, ok = p[:, None] * all_channels, c < channels
     if MAXIMUM:
-        highest = _normalized(y, statistics, p, c, all_channels, mask, c < channels)
+        highest = tl.load(y + row + c[None, :], mask=mask, other=0.0).to(tl.float32)
     if AVERAGE:
-        average = _normalized(y, statistics, p, second, all_channels, mask, c < channels)
+        average = tl.load(y + row + second[None, :], mask=mask, other=0.0).to(tl.float32)
+    behind = all_channels + (edges - 1) * step  # the statistics of all edges
     for e in range(edges):
         total = tl.zeros([P, C], tl.float32)
         if IDENTITY:
             total += tl.load(weights + e * maps) * own
         if MAXIMUM:
-            total += tl.load(weights + e * maps + IDENTITY) * highest
+            weight = tl.load(weights + e * maps + IDENTITY)
+            total += weight * _normalize(highest, statistics + e * step, c, behind, ok)
         if AVERAGE:
-            total += tl.load(weights + e * maps + IDENTITY + MAXIMUM) * average
+            weight = tl.load(weights + e * maps + IDENTITY + MAXIMUM)
+            total += weight * _normalize(average, statistics + e * step, second, behind, ok)
         at = p[:, None] * (edges * channels) + (e * channels + c)[None, :]
         tl.store(output + at, total.to(output.dtype.element_ty), mask=mask)
 
@@ -149,10 +165,7 @@ def _weigh(
 @triton.jit
 def _normalized(y, statistics, p, at, channels, mask, ok):
     value = tl.load(y + p[:, None] * channels + at[None, :], mask=mask, other=0.0).to(tl.float32)
-    mean = tl.load(statistics + at, mask=ok, other=0.0)
-    return (value - mean[None, :]) * tl.load(statistics + channels + at, mask=ok, other=0.0)[
-        None, :
-    ]
+    return _normalize(value, statistics, at, channels, ok)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -314,7 +327,12 @@ def _gather(
 
 
 def forward(
-    x: Tensor, weights: Tensor, maps: Sequence[int], stride: int, eps: float
+    x: Tensor,
+    weights: Tensor,
+    maps: Sequence[int],
+    stride: int,
+    eps: float,
+    running: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `dartsl.native.pools.forward`."""
     output, y, statistics = made = pools._results(x, weights, maps, stride)
@@ -328,8 +346,11 @@ def forward(
         pixels, tiles, channels, *x.shape[2:], *y.shape[2:], stride, *kinds,
         P=rows, C=block, ROWS=rows_at_once(block), WHOLE=pixels % rows == 0,
     )  # fmt: skip
+    used, step = statistics, 0  # the same for all edges
+    if running:
+        used, step = join_running(running, eps, channels), y.shape[1]
     _weigh[triton.cdiv(pixels, rows), columns](
-        x, y, statistics, weights, output, pixels, len(weights), channels,
+        x, y, used, weights, output, pixels, len(weights), step, channels,
         identity, *kinds, P=rows, C=block,
     )  # fmt: skip
     return made

@@ -3,10 +3,11 @@
 Shapes: B images, H x W pixels, T chains of G groups of C inputs and C outputs. The first `deep`
 chains have a second convolution, whose weights stand behind those of the T first ones.
 
-`running` is empty, or the statistics that maps of both levels are normalized by, [3, maps] each, in
-place of the batch's. `affine` is empty, or it is what is added to the sum, [G C], and if there
-are deep chains what the maps between their convolutions are scaled by and shifted by, both
-[deep, G C].
+`running` is empty, or what maps are normalized by in place of the batch's statistics: means of the
+norms of the T first convolutions and then their variances, and those of the second ones.
+
+`affine` is empty, or it is what is added to the sum, [G C], and if there are deep chains what the
+maps between their convolutions are scaled by and shifted by, both [deep, G C].
 """
 
 from collections.abc import Sequence

@@ -22,7 +22,7 @@ W is one product, rounded, where two numbers were: what is below 6e-8 vanishes.)
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 import triton
@@ -37,8 +37,11 @@ from dartsl.native.triton_sums import (
     are_there,
     counters,
     finish_moments,
+    four,
     is_last,
+    join_running,
     no_moments,
+    of_branch,
     on_its_device,
     room,
     rows_at_once,
@@ -57,18 +60,6 @@ SIZES = [
     "begin", "size_0", "size_1", "size_2", "size_3",
     "dilation_0", "dilation_1", "dilation_2", "dilation_3",
 ]  # fmt: skip
-
-
-@triton.jit
-def _of_branch(branch, first, second, third, fourth):
-    found = first
-    if branch == 1:
-        found = second
-    elif branch == 2:
-        found = third
-    elif branch == 3:
-        found = fourth
-    return found
 
 
 @triton.jit
@@ -157,9 +148,9 @@ def _compose(
 ):  # fmt: skip
     """W of all branches, [K^2 I, G O] each, one below the other."""
     branch = tl.program_id(2)
-    depthwise = _of_branch(branch, depthwise_0, depthwise_1, depthwise_2, depthwise_3)
-    pointwise = _of_branch(branch, pointwise_0, pointwise_1, pointwise_2, pointwise_3)
-    size = _of_branch(branch, size_0, size_1, size_2, size_3)
+    depthwise = of_branch(branch, depthwise_0, depthwise_1, depthwise_2, depthwise_3)
+    pointwise = of_branch(branch, pointwise_0, pointwise_1, pointwise_2, pointwise_3)
+    size = of_branch(branch, size_0, size_1, size_2, size_3)
     k = tl.program_id(0) * BK + tl.arange(0, BK)
     o = tl.program_id(1) * BO + tl.arange(0, BO)
     tap, i = k // I, k % I
@@ -189,8 +180,8 @@ def _convolve(
     program, place = tl.program_id(0), tl.program_id(1)
     unit, block = place // blocks, place % blocks
     branch, first_group = unit * members // groups, unit * members % groups
-    size = _of_branch(branch, size_0, size_1, size_2, size_3)
-    dilation = _of_branch(branch, dilation_0, dilation_1, dilation_2, dilation_3)
+    size = of_branch(branch, size_0, size_1, size_2, size_3)
+    dilation = of_branch(branch, dilation_0, dilation_1, dilation_2, dilation_3)
     outputs = tl.num_programs(1) // blocks * members * O
     o = block * BO + tl.arange(0, BO)
     o_ok = o < members * O
@@ -377,8 +368,8 @@ def _gradient_of_matrices(
     program, place = tl.program_id(0), tl.program_id(2)
     unit, block = place // blocks, place % blocks
     branch, first_group = unit * members // groups, unit * members % groups
-    size = _of_branch(branch, size_0, size_1, size_2, size_3)
-    dilation = _of_branch(branch, dilation_0, dilation_1, dilation_2, dilation_3)
+    size = of_branch(branch, size_0, size_1, size_2, size_3)
+    dilation = of_branch(branch, dilation_0, dilation_1, dilation_2, dilation_3)
     outputs = tl.num_programs(2) // blocks * members * O
     o = block * BO + tl.arange(0, BO)
     o_ok = o < members * O
@@ -413,7 +404,7 @@ def _decompose(
     """The gradients of a group's weights at one of its inputs, by programs' shares of that of W."""
     i, group, branch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     groups = tl.num_programs(1)
-    size = _of_branch(branch, size_0, size_1, size_2, size_3)
+    size = of_branch(branch, size_0, size_1, size_2, size_3)
     first_row = _taps_before(branch, size_0, size_1, size_2) * I
     tap, o = tl.arange(0, TAPS), tl.arange(0, BO)
     ok = (tap < size * size)[:, None] & (o < O)[None, :]
@@ -423,14 +414,14 @@ def _decompose(
         for part in tl.static_range(4):  # loads that do not wait for each other
             here = partial + (start + part) * rows * (groups * O)
             total += tl.load(here + at, mask=ok & (start + part < programs), other=0.0)
-    depthwise = _of_branch(branch, depthwise_0, depthwise_1, depthwise_2, depthwise_3)
-    pointwise = _of_branch(branch, pointwise_0, pointwise_1, pointwise_2, pointwise_3)
+    depthwise = of_branch(branch, depthwise_0, depthwise_1, depthwise_2, depthwise_3)
+    pointwise = of_branch(branch, pointwise_0, pointwise_1, pointwise_2, pointwise_3)
     tap_at = (group * I + i) * size * size + tap
     o_at = (group * O + o) * I + i
     of_tap = tl.load(depthwise + tap_at, mask=tap < size * size, other=0.0)
     of_output = tl.load(pointwise + o_at, mask=o < O, other=0.0)
-    depthwise = _of_branch(branch, of_depthwise_0, of_depthwise_1, of_depthwise_2, of_depthwise_3)
-    pointwise = _of_branch(branch, of_pointwise_0, of_pointwise_1, of_pointwise_2, of_pointwise_3)
+    depthwise = of_branch(branch, of_depthwise_0, of_depthwise_1, of_depthwise_2, of_depthwise_3)
+    pointwise = of_branch(branch, of_pointwise_0, of_pointwise_1, of_pointwise_2, of_pointwise_3)
     tl.store(depthwise + tap_at, tl.sum(total * of_output[None, :], 1), mask=tap < size * size)
     tl.store(pointwise + o_at, tl.sum(total * of_tap[:, None], 0), mask=o < O)
 
@@ -488,8 +479,8 @@ def _gradient_of_input(
     total = tl.zeros([P, BI], tl.float32)
     for unit in range(begin_unit, end_unit):
         branch, first_group = unit * members // groups, unit * members % groups
-        size = _of_branch(branch, size_0, size_1, size_2, size_3)
-        dilation = _of_branch(branch, dilation_0, dilation_1, dilation_2, dilation_3)
+        size = of_branch(branch, size_0, size_1, size_2, size_3)
+        dilation = of_branch(branch, dilation_0, dilation_1, dilation_2, dilation_3)
         first_row = _taps_before(branch, size_0, size_1, size_2) * I
         first_tap, every, rows = _taps_of(below, size, dilation, STRIDE)
         left_tap, every, columns = _taps_of(beside, size, dilation, STRIDE)
@@ -567,7 +558,7 @@ class Level:
         self.outputs = len(pointwise[0]) // self.groups
         kernels = [tensor.shape[-1] for tensor in depthwise]
         self.taps = max(kernels) ** 2
-        self.shapes = *_four(kernels), *_four(dilations)
+        self.shapes = *four(kernels), *four(dilations)
         self.rows = sum(kernel**2 for kernel in kernels) * self.inputs
         self.sources = x.shape[1] // self.inputs
         # Outputs that read the same inputs of a branch are computed together.
@@ -595,13 +586,18 @@ class Level:
             self.branches,
         )
         _compose[grid](
-            *_four(self.depthwise), *_four(self.pointwise), *self.shapes[:MAX_CHAINS], matrices,
+            *four(self.depthwise), *four(self.pointwise), *self.shapes[:MAX_CHAINS], matrices,
             self.groups, self.inputs, self.outputs, BK=32, BO=64,
         )  # fmt: skip
         return matrices
 
-    def convolve(self, eps: float) -> tuple[Tensor, Tensor]:
-        """Y [B, T G O, H', W'] and its statistics [3, T G O]."""
+    def convolve(self, eps: float, running: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
+        """Y [B, T G O, H', W'] and its statistics [3, T G O], or by `running` [2, T G O].
+
+        Args:
+            eps: is added to the variances.
+            running: means of the branches' norms, then their variances; none for the batch's.
+        """
         channels = self.branches * self.groups * self.outputs
         y = self.new_map(channels)
         statistics = self.pointwise[0].new_empty(3, channels)
@@ -615,7 +611,7 @@ class Level:
             P=pixels, BK=self.inner_block, BO=block, ROWS=rows_at_once(block),
             WHOLE=self.pixels % pixels == 0, **self.constants,
         )  # fmt: skip
-        return y, statistics
+        return y, join_running(running, eps, len(running[0])) if running else statistics
 
     def gradient_of_input(self, gradient: Tensor) -> Tensor:
         """Of what x was rectified from, [B, S I, H, W].
@@ -664,8 +660,8 @@ class Level:
         of_pointwise = [torch.empty_like(weight) for weight in self.pointwise]
         taps, outer = triton.next_power_of_2(self.taps), triton.next_power_of_2(self.outputs)
         _decompose[self.inputs, self.groups, self.branches](
-            partial, *_four(self.depthwise), *_four(self.pointwise), *_four(of_depthwise),
-            *_four(of_pointwise), *self.shapes[:MAX_CHAINS], programs, self.rows,
+            partial, *four(self.depthwise), *four(self.pointwise), *four(of_depthwise),
+            *four(of_pointwise), *self.shapes[:MAX_CHAINS], programs, self.rows,
             self.inputs, self.outputs, TAPS=taps, BO=outer,
         )  # fmt: skip
         return of_depthwise, of_pointwise
@@ -823,7 +819,8 @@ def forward(
         deep: number of second convolutions; they belong to the first chains.
         stride: of the first convolutions.
         eps: is added to the variances.
-        running: statistics of both levels, in place of the batch's; none for those.
+        running: of the norms of the first convolutions, their means and then their variances, and
+            of those of the second ones, in place of the batch's; none for those.
 
     Returns:
         The sum; y [B, T G C, H', W'] of the first convolutions and its statistics [3, T G C]; the
@@ -834,14 +831,12 @@ def forward(
     x, addend = _channels_last(x), None if addend is None else _channels_last(addend)
     scales, affine = scales.contiguous(), [tensor.contiguous() for tensor in affine]
     first = Level(x.relu(), depthwise[:chains], pointwise[:chains], stride, dilations[:chains])
-    y, statistics = first.convolve(eps)
-    statistics = running[0] if running else statistics
+    y, statistics = first.convolve(eps, running[: 2 * chains])
     inner = first.new_map(deep * channels)
     if deep:
         rectify(y, statistics, affine[1:], inner)
         second = Level(inner, depthwise[chains:], pointwise[chains:], 1, dilations[chains:])
-        deep_y, deep_statistics = second.convolve(eps)
-        deep_statistics = running[1] if running else deep_statistics
+        deep_y, deep_statistics = second.convolve(eps, running[2 * chains :])
         deep_matrices = second.matrices
     else:
         deep_y, deep_statistics = first.new_map(0), statistics.new_empty(3, 0)
@@ -927,11 +922,6 @@ def backward(
 
 def _channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
-
-
-def _four(values: Sequence[Any]) -> list[Any]:
-    """The branches' values, and the last one in the place of those that are not there."""
-    return [*values, *[values[-1]] * (MAX_CHAINS - len(values))]
 
 
 def _unit(*numbers: int) -> int:

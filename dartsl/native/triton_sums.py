@@ -5,7 +5,7 @@ them in their order: equal inputs give equal bits, and no further kernel is laun
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,19 @@ from torch import Tensor
 
 MULTIPROCESSORS = 132  # of a Hopper GPU
 PARTS = 4096  # numbers that a program adds at once: what registers hold
+
+
+@triton.jit
+def of_branch(branch, first, second, third, fourth):
+    """Its value among those of all branches."""
+    found = first
+    if branch == 1:
+        found = second
+    elif branch == 2:
+        found = third
+    elif branch == 3:
+        found = fourth
+    return found
 
 
 @triton.jit
@@ -157,6 +170,43 @@ def finish_moments(
     tl.store(statistics + at, center + away, mask=ok)
     tl.store(statistics + channels + at, 1 / tl.sqrt(var + eps), mask=ok)
     tl.store(statistics + 2 * channels + at, var * (pixels / (pixels - 1)), mask=ok)
+
+
+@triton.jit(do_not_specialize=["channels", "part"])
+def _join(
+    mean_0, mean_1, mean_2, mean_3, var_0, var_1, var_2, var_3, statistics, eps, channels, part,
+    C: tl.constexpr,
+):  # fmt: skip
+    """The mean and 1 / sqrt(var + eps) of norms, whose parts of their channels take turns."""
+    branch, branches = tl.program_id(1), tl.num_programs(1)
+    c = tl.program_id(0) * C + tl.arange(0, C)
+    ok = c < channels
+    mean = tl.load(of_branch(branch, mean_0, mean_1, mean_2, mean_3) + c, mask=ok, other=0.0)
+    var = tl.load(of_branch(branch, var_0, var_1, var_2, var_3) + c, mask=ok, other=1.0)
+    at = (c // part * branches + branch) * part + c % part
+    tl.store(statistics + at, mean, mask=ok)
+    tl.store(statistics + branches * channels + at, 1 / tl.sqrt(var + eps), mask=ok)
+
+
+def join_running(running: Sequence[Tensor], eps: float, part: int) -> Tensor:
+    """The mean and 1 / sqrt(var + eps) of N norms by their running statistics, [2, N C].
+
+    Args:
+        running: the norms' means, then their variances, [C].
+        eps: see there.
+        part: so many channels of the first norm come first, then as many of the second, and so on.
+    """
+    norms, channels = len(running) // 2, len(running[0])
+    statistics = running[0].new_empty(2, norms * channels)
+    _join[triton.cdiv(channels, 128), norms](
+        *four(running[:norms]), *four(running[norms:]), statistics, eps, channels, part, C=128
+    )
+    return statistics
+
+
+def four(values: Sequence[Any]) -> list[Any]:
+    """The branches' values, and the last one in the place of those that are not there."""
+    return [*values, *[values[-1]] * (4 - len(values))]
 
 
 def rows_at_once(columns: int) -> int:

@@ -30,7 +30,13 @@ from dartsl.operations import (
     Zero,
     even_and_odd_pixels,
 )
-from dartsl.pools import WeightedPools, kind_of, weighs_pools
+from dartsl.pools import (
+    WeightedPools,
+    evaluated_pools,
+    evaluates_pools,
+    kind_of,
+    weighs_pools,
+)
 from dartsl.separable import (
     MAX_CHAINS,
     Unit,
@@ -38,6 +44,7 @@ from dartsl.separable import (
     can_sum,
     fused,
     fused_sum,
+    running_statistics,
     sums_chains,
     units_of,
 )
@@ -271,7 +278,7 @@ def normalized_pools(pools: Sequence[NormalizedPool], x: Tensor) -> list[Tensor]
 
 
 def can_share(operations: Sequence[nn.Module], x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether `shared_sum` takes these in this place."""
+    """Whether `shared_sum` takes these in this place; it gives no gradients in evaluation."""
     pools = [operation for operation in operations if isinstance(operation, NormalizedPool)]
     kinds = [_kind_of(operation) for operation in operations]
     types = precision(x)
@@ -284,13 +291,15 @@ def can_share(operations: Sequence[nn.Module], x: Tensor, weights: Sequence[Tens
         and len({_stride(operation) for operation in operations}) == 1
         and all(weight.dtype == types.weights for weight in weights)
         and all(_fits(norm, types.weights) for norm in _norms(pools))
+        and len({norm.training for norm in _norms(pools)}) == 1
+        and (pools[0][1].training or evaluates_pools(x))
         # A channel's only pixel cannot be normalized.
         and x.numel() // x.shape[1] > cast(int, pools[0][0].stride) ** 2
     )
 
 
 def shared_sum(operations: Sequence[nn.Module], x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """In training, the weighted sum of the identity and `normalized_pools`, as one operation.
+    """The weighted sum of the identity and pools with their BatchNorm, as one operation.
 
     Args:
         operations: M, see `can_share`.
@@ -306,13 +315,16 @@ def shared_sum(operations: Sequence[nn.Module], x: Tensor, weights: Sequence[Ten
     norms = _norms(pools)
     types = precision(x)
     assert types is not None
-    output, statistics = WeightedPools.apply(
+    given = (
         x.to(types.maps),
         torch.stack([weights[i] for i in order], dim=1),
         sorted(kinds),
-        pools[0][0].stride,
+        cast(int, pools[0][0].stride),
         norms[0].eps,
     )
+    if not norms[0].training:
+        return evaluated_pools(*given, running_statistics(norms))
+    output, statistics = WeightedPools.apply(*given)
     mean, _, var = statistics.unbind()
     _follow(norms, mean, var)
     return output

@@ -5,7 +5,7 @@ Shapes: B images, C channels, H x W pixels, E edges of a cell (14), P primitives
 
 import copy
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -70,16 +70,19 @@ class MixedOperation(nn.Module):
             k outputs [B, C, ceil(H / stride), ceil(W / stride)].
         """
         weights_of = dict(zip(self.operations, weights.unbind(1), strict=True))
-        skips = [op for op in weights_of if isinstance(op, nn.Identity)]
-        pools = [op for op in weights_of if isinstance(op, NormalizedPool) and self.training]
-        # 'none' adds exactly 0, its weight has gradient 0: it acts through Eq. 2 alone.
-        others = [op for op in weights_of if not isinstance(op, Zero) and op not in skips + pools]
+        skips: list[Any] = [op for op in weights_of if isinstance(op, nn.Identity)]
+        pools = [op for op in weights_of if isinstance(op, NormalizedPool)]
+        shares = can_share(skips + pools, x, [weights_of[op] for op in skips + pools])
+        if not (shares or self.training):
+            pools = []  # whose running statistics are each edge's own
         shared = skips + pools
         columns = [weights_of[op] for op in shared]
+        # 'none' adds exactly 0, its weight has gradient 0: it acts through Eq. 2 alone.
+        others = [op for op in weights_of if not isinstance(op, Zero) and op not in shared]
         # Of every edge: from the maps that all edges share, and from operations of its own.
         terms: list[Sequence[Tensor]] = []
         merged: Tensor | None = None
-        if can_share(shared, x, columns):
+        if shares:
             merged = shared_sum(shared, x, columns)
         elif shared:
             maps = [x] * len(skips) + normalized_pools(pools, x)
