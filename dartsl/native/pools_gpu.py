@@ -28,7 +28,7 @@ from dartsl.native.triton_sums import (
     store_moments,
     tile_of,
     tiles_of,
-    total_of,
+    two_totals,
 )
 
 # Numbers that no kernel is compiled anew for.
@@ -186,7 +186,7 @@ def _sum_edges(
     of_own = tl.zeros([P, C], tl.float32)
     of_highest = tl.zeros([P, C], tl.float32)
     of_average = tl.zeros([P, C], tl.float32)
-    for tile in range(tiles_of(program, tiles, pixels, P)):
+    for tile in tl.range(tiles_of(program, tiles, pixels, P), loop_unroll_factor=2):
         p = (program * tiles + tile) * P + tl.arange(0, P)
         mask = (p < pixels)[:, None] & ok[None, :]
         at = p[:, None] * (edges * channels) + (edge * channels + c)[None, :]
@@ -209,10 +209,12 @@ def _sum_edges(
     tl.store(row + 2 * size + at, tl.sum(of_highest, 0), mask=ok)
     tl.store(row + 3 * size + at, tl.sum(of_average, 0), mask=ok)
     if is_last(counter, edge * tl.num_programs(1) + block, tl.num_programs(0)):
-        for part in tl.static_range(4):
-            where = part * size + at
-            of_all = total_of(partial, 4 * size, where, ok, C, ROWS)
-            tl.store(totals + where, of_all, mask=ok)
+        total_0, total_1 = two_totals(partial, size, 4 * size, at, ok, C, ROWS)
+        total_2, total_3 = two_totals(partial, size, 4 * size, 2 * size + at, ok, C, ROWS)
+        tl.store(totals + at, total_0, mask=ok)
+        tl.store(totals + size + at, total_1, mask=ok)
+        tl.store(totals + 2 * size + at, total_2, mask=ok)
+        tl.store(totals + 3 * size + at, total_3, mask=ok)
 
 
 @triton.jit

@@ -49,7 +49,7 @@ from dartsl.native.triton_sums import (
     store_moments,
     tile_of,
     tiles_of,
-    total_of,
+    two_totals,
 )
 
 REACH = tl.constexpr(7)  # from a kernel's middle: a dilation of 2 and a size of 7 are 6
@@ -297,7 +297,7 @@ def _sum_gradient(
     # By place in a tile, so that nothing waits for other pixels before the end.
     totals = tl.zeros([P, C], tl.float32)
     products_of = tl.zeros([P, C], tl.float32)
-    for tile in range(tiles_of(program, tiles, pixels, P)):
+    for tile in tl.range(tiles_of(program, tiles, pixels, P), loop_unroll_factor=2):
         p = (program * tiles + tile) * P + tl.arange(0, P)
         mask = (p < pixels)[:, None] & ok[None, :]
         g = tl.load(gradient + p[:, None] * channels + c[None, :], mask=mask, other=0.0)
@@ -310,8 +310,7 @@ def _sum_gradient(
     tl.store(partial + program * 2 * row + where, tl.sum(totals, 0), mask=ok)
     tl.store(partial + (program * 2 + 1) * row + where, tl.sum(products_of, 0), mask=ok)
     if is_last(counter, which * tl.num_programs(1) + block, tl.num_programs(0)):
-        total = total_of(partial, 2 * row, where, ok, C, ROWS)
-        product = total_of(partial + row, 2 * row, where, ok, C, ROWS)
+        total, product = two_totals(partial, row, 2 * row, where, ok, C, ROWS)
         inverse = tl.load(statistics + all_channels + at, mask=ok, other=0.0)
         tl.store(sums + where, total, mask=ok)
         tl.store(products + where, product * inverse, mask=ok)

@@ -75,12 +75,17 @@ def parts_of(partial, begin, columns, at, ok, ROWS: tl.constexpr):
 
 
 @triton.jit
-def total_of(partial, columns, at, ok, C: tl.constexpr, ROWS: tl.constexpr):
-    """The sum of all programs' numbers for columns [C]."""
-    total = tl.zeros([ROWS, C], tl.float32)
+def two_totals(partial, apart, columns, at, ok, C: tl.constexpr, ROWS: tl.constexpr):
+    """The sums of all programs' numbers for columns [C], and for those so far apart from them.
+
+    Both at once, since this last program waits for memory alone.
+    """
+    first = tl.zeros([ROWS, C], tl.float32)
+    second = tl.zeros([ROWS, C], tl.float32)
     for begin in range(0, tl.num_programs(0), ROWS):
-        total += parts_of(partial, begin, columns, at, ok, ROWS)[0]
-    return tl.sum(total, 0)
+        first += parts_of(partial, begin, columns, at, ok, ROWS)[0]
+        second += parts_of(partial + apart, begin, columns, at, ok, ROWS)[0]
+    return tl.sum(first, 0), tl.sum(second, 0)
 
 
 @triton.jit
