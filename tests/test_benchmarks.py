@@ -60,6 +60,15 @@ def test_a_training_step_beside_the_literal_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("experiment", "rows"), [("search_cifar10", 2), ("train_final", 1)])
+def test_steps_of_a_run_without_the_passes(experiment: str, rows: int, tmp_path: Path) -> None:
+    few = (f"--experiment={experiment}", "--repeats=1", "--warm-up=0", "--steps=3")
+    found = run("run_step.py", tmp_path, *few)["rows"]
+    assert len(found) == rows
+    assert all(value > 0 for value in found.values())
+
+
+@pytest.mark.slow
 def test_growth_with_the_batch(tmp_path: Path) -> None:
     picture = tmp_path / "growth.png"
     small = ("--axes", "batch_size", "--channels=2", "--cells=2", "--image-size=4", "--repeats=1")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dartsl.distributed import check_replicas
 from dartsl.errors import UserError
@@ -95,9 +95,14 @@ class TrainModule(ResumableModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip to this module's norm; a value given to the Trainer comes first."""
-        self.finite_steps[0].admit()
         value = self.gradient_clip if gradient_clip_val is None else gradient_clip_val
-        self.clip_gradients(optimizer, value, gradient_clip_algorithm or "norm")
+        steps, algorithm = self.finite_steps[0], gradient_clip_algorithm or "norm"
+        if algorithm == "norm" and value > 0:
+            # As Lightning does, which does not tell the norm: of so many tensors it takes long.
+            steps.admit(nn.utils.clip_grad_norm_(steps.parameters, value))
+        else:
+            steps.admit()
+            self.clip_gradients(optimizer, value, algorithm)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Set the epoch's learning rate and drop path."""
