@@ -245,7 +245,7 @@ def test_kernels_are_tried_before_they_are_used(trial, caplog) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("which", [0, -1], ids=["sum", "gradient"])
+@pytest.mark.parametrize("which", [0, 2, -1], ids=["sum", "statistics", "gradient"])
 def test_kernels_that_find_something_else_are_not_used(trial, which, monkeypatch, caplog) -> None:
     name = "separable_sum_backward" if which == -1 else "separable_sum"
     right = getattr(torch.ops.dartsl, name)
