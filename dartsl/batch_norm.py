@@ -60,6 +60,11 @@ def batch_norm(
     return normalized.to(x.dtype)
 
 
+def running_statistics(norms: Sequence[Any]) -> list[Tensor]:
+    """The norms' means, then their variances."""
+    return [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
+
+
 class Following(NamedTuple):
     """What waits for the end of `following_together`.
 

@@ -79,6 +79,7 @@ def works(
     operation: Callable[..., Tensor],
     formula: Callable[..., Tensor],
     shapes: Sequence[tuple[int, ...]],
+    running: Sequence[tuple[int, ...]],
     maps: torch.dtype,
     device: torch.device,
 ) -> bool:
@@ -88,19 +89,25 @@ def works(
 
     Args:
         name: of what they compute.
-        operation: by the kernels.
+        operation: by the kernels, of statistics and its inputs. The statistics are running ones, or
+            none for the batch's; gradients are compared with these.
         formula: the same, by PyTorch's functions.
         shapes: of the inputs of both, a map and weights.
+        running: the shapes of running statistics.
         maps: type of the map.
         device: that GPU.
     """
     tolerance = 1e-3 if maps == torch.float32 else 0.1
 
-    def results(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    def results(
+        function: Callable[..., Tensor], inputs: Sequence[Tensor], statistics: Sequence[Tensor]
+    ) -> list[Tensor]:
         ends = [tensor.detach().requires_grad_() for tensor in inputs]
-        output = function(*ends)
+        output = function((), *ends)
         gradient = torch.randn(output.shape, generator=draw.manual_seed(1)).to(output)
-        return [output.detach(), *torch.autograd.grad(output, ends, gradient)]
+        found = output.detach(), *torch.autograd.grad(output, ends, gradient)
+        with torch.no_grad():
+            return [*found, function(statistics, *inputs)]
 
     draw = torch.Generator().manual_seed(0)  # nobody else's random numbers
     try:
@@ -113,8 +120,10 @@ def works(
         ):
             x, *weights = (torch.randn(shape, generator=draw).to(device) for shape in shapes)
             inputs = [x.to(maps), *weights]
-            found = results(operation, inputs)
-            expected = results(formula, [tensor.double().cpu() for tensor in inputs])
+            statistics = [0.5 + torch.rand(shape, generator=draw).to(device) for shape in running]
+            found = results(operation, inputs, statistics)
+            exactly = [[tensor.double().cpu() for tensor in some] for some in (inputs, statistics)]
+            expected = results(formula, *exactly)
         errors = [
             float((one.cpu() - other).norm() / other.norm())
             for one, other in zip(found, expected, strict=True)

@@ -91,15 +91,22 @@ def evaluates_pools(x: Tensor) -> bool:
 @found_once
 def _weighs_well(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether it has done so on this GPU, in the shapes of the paper's first cells."""
-    kinds, eps = (IDENTITY, MAXIMUM, AVERAGE), 1e-5
-    return works(
-        "pools",
-        lambda x, weights: WeightedPools.apply(x, weights, kinds, 1, eps)[0],
-        lambda x, weights: _formula(x, weights, [1, 1, 1], 1, eps),
-        [TRIAL, (2, len(kinds))],
-        dtype,
-        device,
-    )
+    kinds, edges, stride, eps = (IDENTITY, MAXIMUM, AVERAGE), 2, 1, 1e-5
+
+    def by_kernels(running: Sequence[Tensor], x: Tensor, weights: Tensor) -> Tensor:
+        if running:
+            return evaluated_pools(x, weights, kinds, stride, eps, running)
+        return cast(Tensor, WeightedPools.apply(x, weights, kinds, stride, eps)[0])
+
+    def by_formula(running: Sequence[Tensor], x: Tensor, weights: Tensor) -> Tensor:
+        def of_edge(edge: int) -> Tensor:
+            statistics = [statistic.chunk(edges)[edge] for statistic in running]
+            return _formula(x, weights[edge, None], _flags(kinds), stride, eps, statistics)
+
+        return torch.cat([of_edge(edge) for edge in range(edges)], dim=1)
+
+    shapes, running = [TRIAL, (edges, len(kinds))], [(edges * TRIAL[1],)] * 4
+    return works("pools", by_kernels, by_formula, shapes, running, dtype, device)
 
 
 class WeightedPools(torch.autograd.Function):
@@ -181,11 +188,23 @@ def _flags(kinds: Sequence[int]) -> list[int]:
     return [int(kind in kinds) for kind in (IDENTITY, MAXIMUM, AVERAGE)]
 
 
-def _formula(x: Tensor, weights: Tensor, maps: Sequence[int], stride: int, eps: float) -> Tensor:
-    """The sums, by PyTorch's functions."""
+def _formula(
+    x: Tensor,
+    weights: Tensor,
+    maps: Sequence[int],
+    stride: int,
+    eps: float,
+    running: Sequence[Tensor] = (),
+) -> Tensor:
+    """The sums, by PyTorch's functions.
+
+    Means and variances are those of the batch, or `running`, the same on all edges.
+    """
     identity, maximum, average = maps
     found = [x] * identity
     pools = [F.max_pool2d(x, 3, stride, 1)] * maximum
     pools += [AvgPool2d(3, stride, 1, count_include_pad=False)(x)] * average
-    found += [F.batch_norm(pool, None, None, training=True, eps=eps) for pool in pools]
+    for index, pool in enumerate(pools):
+        mean, var = running[index :: len(pools)] or (None, None)
+        found.append(F.batch_norm(pool, mean, var, training=not running, eps=eps))
     return torch.cat(weigh_maps(found, weights.to(x.dtype)), dim=1)

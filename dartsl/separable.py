@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dartsl.batch_norm import count, follow
+from dartsl.batch_norm import count, follow, running_statistics
 from dartsl.depthwise import DepthwiseConv2d, depthwise_conv2d
 from dartsl.fused import (
     Precision,
@@ -238,15 +238,23 @@ def _sums_well(device: torch.device, dtype: torch.dtype) -> bool:
     weights: list[tuple[int, ...]] = [(outputs, 1, kernel, kernel) for kernel in kernels]
     weights += [(outputs, channels, 1, 1)] * len(kernels)
 
-    def operation(x: Tensor, scales: Tensor, *rest: Tensor, options: Options) -> Tensor:
+    def by_kernels(options: Options, running: Sequence[Tensor], *inputs: Tensor) -> Tensor:
+        x, scales, *rest = inputs
+        if running:
+            given = x, scales, None, *_parts(rest, options), *options, running
+            return cast(list[Tensor], torch.ops.dartsl.separable_sum(*given))[0]
         return cast(Tensor, SeparableSum.apply(x, scales, None, options, *rest)[0])
+
+    def by_formula(options: Options, running: Sequence[Tensor], *inputs: Tensor) -> Tensor:
+        return _formula_of_sum(*inputs, options=options, running=running)
 
     return all(
         works(
             "separable convolutions",
-            functools.partial(operation, options=(dilations, deep, stride, 1e-5)),
-            functools.partial(_formula_of_sum, options=(dilations, deep, stride, 1e-5)),
+            functools.partial(by_kernels, (dilations, deep, stride, 1e-5)),
+            functools.partial(by_formula, (dilations, deep, stride, 1e-5)),
             shapes,
+            [(outputs,)] * 2 * len(kernels),
             dtype,
             device,
         )
@@ -337,7 +345,7 @@ def fused_sum(
     pointwise = [unit.pointwise.weight for unit in units + second]
     if not units[0].norm.training:
         running = [
-            s for level in (units, second) for s in running_statistics(u.norm for u in level)
+            s for level in (units, second) for s in running_statistics([u.norm for u in level])
         ]
         given = *ends, affine, depthwise, pointwise, *options, running
         return cast(list[Tensor], torch.ops.dartsl.separable_sum(*given))[0]
@@ -348,12 +356,6 @@ def fused_sum(
             follow([norm.running_mean, norm.running_var], [mean, var], norm.momentum)
             count(norm)
     return output
-
-
-def running_statistics(norms: Iterable[Any]) -> list[Tensor]:
-    """The norms' means, then their variances."""
-    norms = list(norms)
-    return [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
 
 
 def _rows(rows: Sequence[Tensor]) -> Tensor:
@@ -484,15 +486,20 @@ def _formula(
     stride: int,
     dilation: int,
     eps: float,
+    running: Sequence[Tensor] = (),
 ) -> Tensor:
-    """`normalized_separable` without addend and running statistics, by PyTorch's functions."""
+    """`normalized_separable` without addend, by PyTorch's functions.
+
+    Mean and variance are those of the batch, or `running`.
+    """
     groups = len(depthwise) // pointwise.shape[1]
     x = F.relu(x)
     if x.shape[1] < len(depthwise):
         x = torch.cat([x] * groups, dim=1)
     weights = depthwise.to(x.dtype), pointwise.to(x.dtype)
     y = F.conv2d(depthwise_conv2d(x, weights[0], stride, dilation), weights[1], groups=groups)
-    return F.batch_norm(y, None, None, scale, bias, True, 0.0, eps)
+    mean, var = running or (None, None)
+    return F.batch_norm(y, mean, var, scale, bias, not running, 0.0, eps)
 
 
 def _formula_of_sum(
@@ -500,20 +507,27 @@ def _formula_of_sum(
     scales: Tensor,
     *rest: Tensor,
     options: Options,
+    running: Sequence[Tensor] = (),
 ) -> Tensor:
-    """`fused_sum` without addend and running statistics, by PyTorch's functions."""
+    """`fused_sum` without addend, by PyTorch's functions.
+
+    Means and variances are those of the batch, or `running`.
+    """
     dilations, deep, stride, eps = options
     affine, depthwise, pointwise = _parts(rest, options)
     convolutions, chains = list(zip(depthwise, pointwise, strict=True)), len(scales)
+    first, last = running[: 2 * chains], running[2 * chains :]
     total: Tensor | None = None
     for chain, scale in enumerate(scales):
         norm: Sequence[Tensor | None] = [scale, None]
         if chain < deep:
             norm = [rows[chain] for rows in affine[1:]] or [None, None]
-        term = _formula(x, *convolutions[chain], norm[0], norm[1], stride, dilations[chain], eps)
+        given = *convolutions[chain], *norm, stride, dilations[chain], eps
+        term = _formula(x, *given, first[chain::chains])
         if chain < deep:
             second = chains + chain
-            term = _formula(term, *convolutions[second], scale, None, 1, dilations[second], eps)
+            given = *convolutions[second], scale, None, 1, dilations[second], eps
+            term = _formula(term, *given, last[chain::deep])
         total = term if total is None else total + term
     assert total is not None
     return total + affine[0].view(-1, 1, 1).to(total.dtype) if affine else total

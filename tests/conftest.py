@@ -4,8 +4,6 @@ import ctypes
 import functools
 import os
 import platform
-import subprocess
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -50,9 +48,4 @@ def each_code(request, monkeypatch) -> None:
 @functools.cache
 def compiled(flags: tuple[str, ...]) -> ctypes.CDLL:
     """The C code with other flags."""
-    compiler = os.environ.get("CC", "cc")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernels.so"
-        command = [compiler, "-O3", "-shared", "-fPIC", *flags, "-o", str(path)]
-        subprocess.run([*command, str(build.SOURCE), "-lm"], check=True)
-        return ctypes.CDLL(str(path))
+    return ctypes.CDLL(str(build.build(os.environ.get("CC", "cc"), flags)))

@@ -1,5 +1,7 @@
 """What decides whether kernels are used."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
@@ -25,8 +27,8 @@ def test_what_is_found_once_is_a_constant_for_a_compiler() -> None:
     assert len(asked) == 2
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    return x * weight
+def product(running: Sequence[Tensor], x: Tensor, weight: Tensor) -> Tensor:
+    return x * weight * (running[0] if running else 1)
 
 
 class WithGradientOf(torch.autograd.Function):
@@ -45,23 +47,27 @@ class WithGradientOf(torch.autograd.Function):
 
 
 @pytest.mark.parametrize(
-    ("maps", "factor", "expected"),
+    ("maps", "factor", "in_evaluation", "expected"),
     [
-        (torch.float32, 1.0, True),
-        (torch.float32, 1.01, False),
-        (torch.float32, float("nan"), False),
-        (torch.bfloat16, 1.01, True),
-        (torch.bfloat16, 1.2, False),
+        (torch.float32, 1.0, 1.0, True),
+        (torch.float32, 1.01, 1.0, False),
+        (torch.float32, 1.0, 1.01, False),
+        (torch.float32, float("nan"), 1.0, False),
+        (torch.bfloat16, 1.01, 1.01, True),
+        (torch.bfloat16, 1.2, 1.0, False),
+        (torch.bfloat16, 1.0, 1.2, False),
     ],
 )
-def test_kernels_work_that_find_what_pytorch_finds(maps, factor, expected, caplog) -> None:
+def test_kernels_work_that_find_what_pytorch_finds(
+    maps, factor, in_evaluation, expected, caplog
+) -> None:
+    def by_kernels(running: Sequence[Tensor], x: Tensor, weight: Tensor) -> Tensor:
+        if running:
+            return product(running, x, weight) * in_evaluation
+        return WithGradientOf.apply(x, weight, factor)
+
     found = works(
-        "products",
-        lambda x, weight: WithGradientOf.apply(x, weight, factor),
-        product,
-        [(3, 4), (3, 4)],
-        maps,
-        torch.device("cpu"),
+        "products", by_kernels, product, [(3, 4), (3, 4)], [(4,)], maps, torch.device("cpu")
     )
     assert found == expected
     assert [("kernels for products" in line) for line in caplog.messages] == [True] * (not found)

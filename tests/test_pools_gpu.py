@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dartsl import pools
 from dartsl.fused import Precision
 from dartsl.networks import merged
 from dartsl.networks.merged import NormalizedPool, Source, can_share, shared_sum
@@ -103,9 +104,13 @@ def test_in_evaluation_pools_are_normalized_by_running_statistics(stride, monkey
         monkeypatch.setattr(torch.ops.dartsl, "weighted_pools", gpu.forward)
     torch.manual_seed(0)
     edges, channels = 3, 6
-    pools = [nn.MaxPool2d(3, stride, padding=1)]
-    pools += [AvgPool2d(3, stride, padding=1, count_include_pad=False)]
-    operations = [NormalizedPool(pool, channels, edges).to(DEVICE).eval() for pool in pools]
+    operations: list[nn.Module] = [
+        NormalizedPool(pool, channels, edges).to(DEVICE).eval()
+        for pool in (
+            nn.MaxPool2d(3, stride, padding=1),
+            AvgPool2d(3, stride, padding=1, count_include_pad=False),
+        )
+    ]
     for norm in (norm for _, norm in operations):
         nn.init.normal_(norm.running_mean)
         nn.init.uniform_(norm.running_var, 0.5, 2.0)
@@ -126,6 +131,27 @@ def test_in_evaluation_pools_are_normalized_by_running_statistics(stride, monkey
         operations[-1].train()
         assert not can_share(operations, x, columns)
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("which", [None, "sum", "gradient", "evaluation"])
+def test_kernels_are_tried_before_they_are_used(which, monkeypatch, caplog) -> None:
+    """They are not, where they find something else."""
+    monkeypatch.setattr(torch.ops.dartsl, "weighted_pools", gpu.forward)
+    monkeypatch.setattr(torch.ops.dartsl, "weighted_pools_backward", gpu.backward)
+    monkeypatch.setattr(pools, "TRIAL", (2, 4, 4, 5))
+    name = "weighted_pools_backward" if which == "gradient" else "weighted_pools"
+    right = getattr(torch.ops.dartsl, name)
+
+    def wrong(*inputs):
+        found = right(*inputs)
+        if which == "gradient" or bool(inputs[-1]) == (which == "evaluation"):
+            found[0].mul_(1.01)
+        return found
+
+    if which:
+        monkeypatch.setattr(torch.ops.dartsl, name, wrong)
+    assert pools._weighs_well.__wrapped__(torch.device(DEVICE), torch.float32) == (not which)
+    assert len(caplog.messages) == bool(which)
 
 
 def test_nan_is_the_highest() -> None:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dartsl.batch_norm import batch_norm, follow
+from dartsl.batch_norm import batch_norm, follow, running_statistics
 from dartsl.depthwise import DepthwiseConv2d
 from dartsl.fused import has_hooks, precision
 from dartsl.native.pools import IDENTITY
@@ -44,7 +44,6 @@ from dartsl.separable import (
     can_sum,
     fused,
     fused_sum,
-    running_statistics,
     sums_chains,
     units_of,
 )
@@ -353,8 +352,7 @@ def _fits(norm: MergedBatchNorm, dtype: torch.dtype) -> bool:
 def _follow(norms: Sequence[MergedBatchNorm], mean: Tensor, var: Tensor) -> None:
     """Every edge's running statistics follow the batch's, [P C] of P norms."""
     channels = len(mean) // len(norms)
-    running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
-    by_edge = [statistic.view(-1, channels) for statistic in running]
+    by_edge = [statistic.view(-1, channels) for statistic in running_statistics(norms)]
     with torch.no_grad():
         batch = [*mean.split(channels), *var.split(channels)]
         ends = [statistic.expand_as(by_edge[0]) for statistic in batch]
