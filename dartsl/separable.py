@@ -522,12 +522,15 @@ def _formula_of_sum(
         norm: Sequence[Tensor | None] = [scale, None]
         if chain < deep:
             norm = [rows[chain] for rows in affine[1:]] or [None, None]
-        given = *convolutions[chain], *norm, stride, dilations[chain], eps
-        term = _formula(x, *given, first[chain::chains])
+        statistics = first[chain::chains]
+        term = _formula(
+            x, *convolutions[chain], norm[0], norm[1], stride, dilations[chain], eps, statistics
+        )
         if chain < deep:
-            second = chains + chain
-            given = *convolutions[second], scale, None, 1, dilations[second], eps
-            term = _formula(term, *given, last[chain::deep])
+            second, statistics = convolutions[chains + chain], last[chain::deep]
+            term = _formula(
+                term, *second, scale, None, 1, dilations[chains + chain], eps, statistics
+            )
         total = term if total is None else total + term
     assert total is not None
     return total + affine[0].view(-1, 1, 1).to(total.dtype) if affine else total
