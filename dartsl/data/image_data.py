@@ -36,6 +36,9 @@ from dartsl.errors import UserError, unknown
 TASKS = ("search", "train")
 SPLITS = ("official", "stratified")
 RECIPES = ("crop_flip", "imagenet")
+# So many training batches are evaluated at once from a GPU's memory: few images leave it idle, and
+# where nothing is kept for gradients there is room for more.
+EVALUATED_AT_ONCE = 4
 
 
 class ImageDataModule(LightningDataModule):
@@ -54,7 +57,8 @@ class ImageDataModule(LightningDataModule):
         image_size: side of the network's input, in pixels.
         mean, std: of the training images, per channel, in units of [0, 1].
         seed: decides the split, every order and every augmentation; nothing else does.
-        batch_size: of training and evaluation, in each process.
+        batch_size: in each process; from a GPU's memory four times as many images are evaluated at
+            once.
         task: "search" or "train".
         train_fraction: part of the training set whose gradients move the weights.
         split: "stratified" (seeded, the same fraction of every class) or "official" (the first
@@ -227,8 +231,10 @@ class ImageDataModule(LightningDataModule):
                 f"{len(indices)} images to validate or test on are too few for {shard.world_size} "
                 "processes: use fewer (trainer.devices) or more images."
             )
-        transform = self._evaluation_transform()
-        return EvaluationLoader(self._source(part), indices, self.batch_size, transform, shard)
+        source, transform = self._source(part), self._evaluation_transform()
+        in_its_memory = isinstance(source, DeviceSource) and source.images.device.type != "cpu"
+        batch_size = self.batch_size * (EVALUATED_AT_ONCE if in_its_memory else 1)
+        return EvaluationLoader(source, indices, batch_size, transform, shard)
 
     def _global_batch_size(self) -> int:
         return self.batch_size * self._shard().world_size

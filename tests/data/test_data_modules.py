@@ -44,6 +44,19 @@ def labels(loader: Any) -> torch.Tensor:
     return torch.cat([y for _, y in loader])
 
 
+def test_a_gpu_evaluates_more_at_once_from_its_memory() -> None:
+    """And trains on batches as they were asked for; a source of files reads as many as these."""
+    for limit, kept, at_once in ((2**31, "meta", 400), (2**31, "cpu", 100), (0, "meta", 100)):
+        data = digits(batch_size=100, in_memory_limit=limit)
+        strategy = SimpleNamespace(root_device=torch.device(kept))
+        data.trainer = SimpleNamespace(
+            strategy=strategy, global_rank=0, world_size=1, limit_train_batches=1.0
+        )
+        for loader in (data.val_dataloader(), data.test_dataloader()):
+            assert loader.batch_size == at_once
+        assert data.train_dataloader().weights.batch_size == 100
+
+
 def test_search_trains_on_one_half_and_validates_on_the_other() -> None:
     data = digits()
     assert not set(data.train_indices) & set(data.val_indices)
