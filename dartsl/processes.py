@@ -78,12 +78,17 @@ class _Other(SpawnProcess):
     Args:
         function: what it does.
         args: of the function.
+        start_method: of the processes that it starts, such as workers that read images; None for
+            Python's default.
     """
 
-    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    def __init__(
+        self, function: Callable[..., Any], args: tuple[Any, ...], start_method: str | None
+    ) -> None:
         super().__init__()
         self.function = function
         self.args = args
+        self.start_method = start_method
         self.arrival, self.own_end = Pipe(duplex=False)
 
     def start(self) -> None:
@@ -94,6 +99,9 @@ class _Other(SpawnProcess):
     def run(self) -> None:
         """What it does, there; it does not outlive rank 0."""
         threading.Thread(target=_exit_with_rank_zero, daemon=True).start()
+        # A spawned worker imports for seconds, and does not see that its parent ends meanwhile.
+        if self.start_method in (None, *multiprocessing.get_all_start_methods()):
+            multiprocessing.set_start_method(self.start_method, force=True)
         try:
             self.function(*self.args)
         except UserError as error:
@@ -210,22 +218,22 @@ def _start(
     """Ranks 1 to `number` - 1; each finds its rank in the environment, where Lightning looks."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
     others = []
-    with _default_start_method("spawn"):
+    with _default_start_method("spawn") as own_method:
         for rank in range(1, number):
             os.environ["LOCAL_RANK"] = str(rank)
-            others.append(_Other(function, args))
+            others.append(_Other(function, args, own_method))
             others[-1].start()
     os.environ["LOCAL_RANK"] = "0"
     return others
 
 
 @contextmanager
-def _default_start_method(name: str) -> Iterator[None]:
-    """A new process sets this process' default as its own; joblib's workers have one of theirs."""
+def _default_start_method(name: str) -> Iterator[str | None]:
+    """Within: so; gives what it was. A new process takes over the default, which joblib changes."""
     before = multiprocessing.get_start_method(allow_none=True)
     multiprocessing.set_start_method(name, force=True)
     try:
-        yield
+        yield before
     finally:
         multiprocessing.set_start_method(before, force=True)
 

@@ -5,6 +5,7 @@ file there.
 """
 
 import itertools
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -455,6 +456,9 @@ def launch(kind: str) -> None:
 
     if kind == "early" and "LOCAL_RANK" in os.environ:
         os._exit(3)
+    Path(f"{kind}-{os.environ.get('LOCAL_RANK', 0)}.txt").write_text(
+        multiprocessing.get_start_method()
+    )
 
     def fail(*_: Any) -> None:
         if module.global_rank == 1 and kind in failures:
@@ -486,6 +490,9 @@ def test_the_processes_of_a_run_end_with_it(tmp_path: Path) -> None:
     assert "ZeroDivisionError" in said
     for kind in kinds:
         assert (tmp_path / f"{kind}.txt").read_text() == "['OMP_NUM_THREADS'] False"
+    # Its workers start as those of rank 0 do.
+    methods = {(tmp_path / f"fine-{rank}.txt").read_text() for rank in (0, 1)}
+    assert methods == {multiprocessing.get_start_method()}
 
 
 # The command line
