@@ -22,6 +22,8 @@ PIL_MODES = {1: "L", 3: "RGB"}
 
 # What Pillow raises for a broken file, one of another kind, and one of absurdly many pixels.
 _BROKEN_FILE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+# Where Pillow's mode of 32-bit integers, "I", is of 16 bits: all PPM files, PNG until Pillow 10.3.
+_16_BITS_AS_32 = ("PNG", "PPM")
 _DECODING_THREADS = 8
 _DECODING_PART = 256  # images that a thread takes at a time
 _LARGE_FILE_BYTES = 16 * 1024
@@ -137,13 +139,16 @@ def decode(path: Path, channels: int, size: int | None) -> Tensor:
         size: side of the result; None keeps the file's own size.
 
     Raises:
-        UserError: for a file that is not an image or is cut short.
+        UserError: for a file that is not an image or is cut short, and for pixels of 32 bits
+            or with a sign.
     """
     if not path.is_file():  # opening a pipe would wait for ever
         raise UserError(f"Cannot read the image {path}: it is no file, or is gone; remove it.")
     try:
         with Image.open(path) as file:
-            image = file.convert(PIL_MODES[channels])
+            image = _of_8_bits(file, path).convert(PIL_MODES[channels])
+    except UserError:
+        raise
     except _BROKEN_FILE as error:
         raise UserError(
             f"Cannot read the image {path} ({error}); repair or remove this file."
@@ -152,6 +157,20 @@ def decode(path: Path, channels: int, size: int | None) -> Tensor:
         image = _resize_centre_crop(image, size)
     pixels = torch.from_numpy(np.array(image))
     return (pixels[None] if channels == 1 else pixels.permute(2, 0, 1)).contiguous()
+
+
+def _of_8_bits(file: Image.Image, path: Path) -> Image.Image:
+    """The image with at most 8 bits a channel; Pillow's `convert` would clip 16 bits at 255."""
+    is_16_bits = file.mode.startswith("I;16") or file.format in _16_BITS_AS_32
+    if file.mode == "F" or (file.mode == "I" and not is_16_bits):
+        raise UserError(
+            f"Cannot use the image {path}: its pixels are signed or of 32 bits, and nothing says "
+            "which number is white; save it with 8 or 16 bits a channel."
+        )
+    if not file.mode.startswith("I"):
+        return file
+    file.load()
+    return Image.fromarray((np.asarray(file) / 257).round().astype(np.uint8))  # 65535 = 257 * 255
 
 
 def _resize_centre_crop(image: Image.Image, size: int) -> Image.Image:

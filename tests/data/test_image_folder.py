@@ -88,6 +88,49 @@ def test_all_kinds_of_images_become_the_channels_asked_for(tmp_path: Path, chann
     assert greys == {9}
 
 
+HELD_OR_FILES = [(2**31, 0), (0, 0), (0, 2)]  # in_memory_limit, num_workers
+
+
+@pytest.mark.parametrize(("limit", "workers"), HELD_OR_FILES[::2])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_16_bits_become_8(tmp_path: Path, channels: int, limit: int, workers: int) -> None:
+    """As Pillow opens them: modes I;16, I;16B and, of a PGM, I."""
+    grey = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
+    big_endian = grey.astype(">u2").tobytes()
+    for name, kind in (("cat", "png"), ("cat", "tif"), ("dog", "tiff"), ("dog", "pgm")):
+        path = tmp_path / "train" / name / f"grey.{kind}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if kind == "pgm":
+            path.write_bytes(b"P5 8 8 65535\n" + big_endian)
+        elif kind == "tiff":
+            Image.frombytes("I;16B", (8, 8), big_endian).save(path)
+        else:
+            Image.fromarray(grey).save(path)
+    write(tmp_path / "test" / "cat" / "a.png")
+    options = {"mean": [0.0] * channels, "std": [1.0] * channels, "in_channels": channels}
+    where = {"in_memory_limit": limit, "num_workers": workers, "crop_padding": 0}
+    alike = {"horizontal_flip": False, "task": "train", "train_fraction": 1.0}
+    (x, _), *_ = ready(tmp_path, **options, **where, **alike).train_dataloader()
+    expected = np.floor(grey / 65535 * 255 + 0.5) / 255
+    np.testing.assert_allclose(x, np.broadcast_to(expected, (4, channels, 8, 8)), atol=1e-6)
+
+
+@pytest.mark.parametrize(("limit", "workers"), HELD_OR_FILES[::2])
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_pixels_without_a_known_white_are_refused(
+    tmp_path: Path, dtype: Any, limit: int, workers: int
+) -> None:
+    fill(tmp_path)
+    write(tmp_path / "test" / "cat" / "fine.png")
+    odd = tmp_path / "train" / "cat" / "odd.tif"
+    Image.fromarray(np.full((8, 8), 9, dtype)).save(odd)
+    options = {"in_memory_limit": limit, "num_workers": workers}
+    data = ready(tmp_path, task="train", train_fraction=1.0, **options)
+    sentence = r"^Cannot use the image .*odd\.tif: .*; save it with 8 or 16 bits a channel\.$"
+    with pytest.raises(UserError, match=sentence):
+        list(data.train_dataloader())
+
+
 def test_shorter_side_is_resized_and_the_centre_cropped(tmp_path: Path) -> None:
     fill(tmp_path)
     wide = Image.new("RGB", (40, 16))
@@ -111,7 +154,7 @@ def test_stray_files_are_passed_over(tmp_path: Path) -> None:
     assert len(train) + len(test) == 11
 
 
-@pytest.mark.parametrize(("limit", "workers"), [(2**31, 0), (0, 0), (0, 2)])
+@pytest.mark.parametrize(("limit", "workers"), HELD_OR_FILES)
 @pytest.mark.parametrize("content", [b"", b"not an image", None], ids=["empty", "text", "cut"])
 def test_broken_image_is_named(
     tmp_path: Path, limit: int, workers: int, content: bytes | None
