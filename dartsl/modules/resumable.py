@@ -109,12 +109,13 @@ class ResumableModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Go straight to an epoch's end where a checkpoint was saved on its last batch."""
-        if self._epoch_end_pending and not self.trainer.enable_validation:
-            # Lightning would train on the next epoch's first batch instead.
-            data_fetcher = self.trainer.fit_loop._data_fetcher
-            assert data_fetcher is not None
+        data_fetcher = self.trainer.fit_loop._data_fetcher
+        assert data_fetcher is not None
+        epoch_loop = self.trainer.fit_loop.epoch_loop
+        if self._epoch_end_pending and not epoch_loop._should_check_val_fx(data_fetcher):
+            # Without a validation to go back to, Lightning would train on one more batch instead.
             data_fetcher.done = True
-            self.trainer.fit_loop.epoch_loop._batches_that_stepped += 1  # x axis of what is logged
+            epoch_loop._batches_that_stepped += 1  # x axis of what is logged
         self._epoch_end_pending = False
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
