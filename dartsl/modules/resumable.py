@@ -12,7 +12,7 @@ And a step whose gradients are not finite is skipped; a run of such steps ends.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import pytorch_lightning as pl
 import torch
@@ -29,7 +29,10 @@ Batch = tuple[Tensor, Tensor]  # images [B, C, H, W], labels [B]
 
 
 class EpochMetrics(nn.Module):
-    """Mean loss and accuracy over the examples of an epoch, kept in the state_dict."""
+    """Mean loss and accuracy over the examples of an epoch, kept in the state_dict.
+
+    Sums are of float32 in a module of any precision: those of half precision soon stop to grow.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,11 +42,15 @@ class EpochMetrics(nn.Module):
         for metric in self.children():
             cast(SumMetric, metric).persistent(True)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Go along to a device, but into no precision; what was restored would be rounded, too.
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
+
     @torch.no_grad()
     def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Count a batch with a finite mean loss: that, logits [B, K] and labels [B]."""
         finite = loss.detach().isfinite()
-        count = len(labels) * finite.to(loss.dtype)
+        count = len(labels) * finite.float()
         self.loss.update(loss.detach().nan_to_num(0.0, 0.0, 0.0) * count)
         self.correct.update((logits.argmax(1) == labels).sum() * finite)
         self.count.update(count)
@@ -102,12 +109,13 @@ class ResumableModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Go straight to an epoch's end where a checkpoint was saved on its last batch."""
-        if self._epoch_end_pending and not self.trainer.enable_validation:
-            # Lightning would train on the next epoch's first batch instead.
-            data_fetcher = self.trainer.fit_loop._data_fetcher
-            assert data_fetcher is not None
+        data_fetcher = self.trainer.fit_loop._data_fetcher
+        assert data_fetcher is not None
+        epoch_loop = self.trainer.fit_loop.epoch_loop
+        if self._epoch_end_pending and not epoch_loop._should_check_val_fx(data_fetcher):
+            # Without a validation to go back to, Lightning would train on one more batch instead.
             data_fetcher.done = True
-            self.trainer.fit_loop.epoch_loop._batches_that_stepped += 1  # x axis of what is logged
+            epoch_loop._batches_that_stepped += 1  # x axis of what is logged
         self._epoch_end_pending = False
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

@@ -131,15 +131,22 @@ def assert_same_end(resumed: Any, whole: Any) -> None:
         assert module.genotype() == module_whole.genotype()
 
 
-@pytest.mark.parametrize("validation", [True, False], ids=["validation", "no_validation"])
+VALIDATIONS = {
+    "validation": ({}, 3),
+    "no_validation": ({"limit_val_batches": 0}, 0),
+    "validation_of_every_second_epoch": ({"check_val_every_n_epoch": 2}, 1),
+    "validation_within_epochs": ({"val_check_interval": 2}, 3),
+}
+
+
+@pytest.mark.parametrize(("options", "validations"), VALIDATIONS.values(), ids=VALIDATIONS)
 @pytest.mark.parametrize("make", [search_module, train_module])
 def test_resume_from_every_point(
-    tmp_path: Path, make: Callable[[], pl.LightningModule], validation: bool
+    tmp_path: Path, make: Callable[[], pl.LightningModule], options: Any, validations: int
 ) -> None:
-    options = {} if validation else {"limit_val_batches": 0}
     whole = run(make(), folder=tmp_path, **options)
     checkpoints = sorted(tmp_path.glob("*.ckpt"))
-    assert len(checkpoints) == EPOCHS * (3 + 1 + validation)
+    assert len(checkpoints) == EPOCHS * (3 + 1) + validations
     for path in checkpoints:
         if path.stem == "09-epoch":  # nothing is left to do
             continue
