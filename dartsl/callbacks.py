@@ -57,17 +57,22 @@ class GenotypeWriter(pl.Callback):
             return
         genotype = pl_module.genotype()
         genotype.save(self.dirpath / GENOTYPE_FILE)
-        value = 0.0 if accuracy is None else accuracy.item()
-        if self.best_accuracy is None or value > self.best_accuracy:
-            self.best_accuracy, self.best_genotype = value, genotype
+        if accuracy is None:  # without validation no epoch is the best
+            return
+        if self.best_accuracy is None or accuracy.item() > self.best_accuracy:
+            self.best_accuracy, self.best_genotype = accuracy.item(), genotype
             genotype.save(self.dirpath / BEST_GENOTYPE_FILE)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw the found cells and the edge weights that they were read from."""
+        """Write the last genotype, and draw its cells and the edge weights it was read from."""
         assert isinstance(pl_module, SearchModule)
-        if self.draw and trainer.is_global_zero:
+        if not trainer.is_global_zero:
+            return
+        genotype = pl_module.genotype()
+        genotype.save(self.dirpath / GENOTYPE_FILE)  # of the last step, also within an epoch
+        if self.draw:
             supernet = pl_module.supernet
-            save_figure(draw_genotype(pl_module.genotype()), self.dirpath / "cells")
+            save_figure(draw_genotype(genotype), self.dirpath / "cells")
             figure = draw_strengths(supernet.strengths(), supernet.space)
             save_figure(figure, self.dirpath / "strengths")
 

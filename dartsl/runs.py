@@ -16,7 +16,7 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from dartsl.config import build, check_missing, check_types, command, print_tree, resolved
-from dartsl.distributed import is_first_process
+from dartsl.distributed import ReplicaStrategy, is_first_process
 from dartsl.environment import environment
 from dartsl.errors import UserError
 from dartsl.files import CONFIG_FILE, ENVIRONMENT_FILE, RESULT_FILE, whole_file
@@ -47,7 +47,8 @@ def prepare(cfg: DictConfig) -> None:
         build(cfg.module.schedule)(0)  # it refuses its settings before any data is read
     check_fit(cfg)
     output_dir = Path(cfg.output_dir)
-    goes_on = cfg.ckpt_path is not None or cfg.resume is not None
+    given = cfg.ckpt_path is not None or cfg.resume is not None
+    goes_on = given and cfg.task != "evaluate"  # whose checkpoint is another run's
     if is_first_process() and not goes_on and holds_run(output_dir):
         raise UserError(
             f"{output_dir} holds a run already: go on with it by resume=auto, or choose another "
@@ -64,6 +65,11 @@ def check_length(cfg: DictConfig) -> None:
     for key in ("max_epochs", "max_steps", "limit_train_batches"):
         if cfg.trainer[key] == 0:
             raise UserError(f"trainer.{key}=0 trains nothing; it must be more.")
+    if (cfg.trainer.get("accumulate_grad_batches") or 1) != 1:
+        raise UserError(
+            "trainer.accumulate_grad_batches is not for searches and trainings that resume "
+            "exactly: set data.batch_size, or share a batch among processes (hardware=multi_gpu)."
+        )
     if cfg.trainer.max_epochs is not None and cfg.trainer.max_epochs < 0:
         raise UserError(f"trainer.max_epochs={cfg.trainer.max_epochs} must be at least 1.")
 
@@ -125,12 +131,17 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
         environment = getattr(trainer.strategy, "cluster_environment", None)
         if environment is not None:  # what Lightning would check after all data is read
             environment.validate_settings(trainer.num_devices, trainer.num_nodes)
-        return trainer
     except (MisconfigurationException, TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"This machine cannot run with these settings: {error} "
             "hardware=auto takes what there is."
         ) from error
+    if trainer.world_size > 1 and not isinstance(trainer.strategy, ReplicaStrategy):
+        raise UserError(
+            f"{trainer.world_size} processes need a strategy that averages what a search and a "
+            "training average: choose hardware=multi_gpu, ddp_cpu or multi_node."
+        )
+    return trainer
 
 
 def speed_up(

@@ -78,7 +78,11 @@ def select(cfg: DictConfig, train: Callable[[DictConfig], float | None]) -> floa
         if candidate not in accuracies and candidate.name in chosen:
             print(f"\nTraining {candidate.name} ({len(accuracies) + 1} of {len(candidates)})")
             accuracy = train(training_of(cfg, candidate))
-            assert accuracy is not None
+            if accuracy is None:
+                raise UserError(
+                    f"The training of {candidate.name} has ended before it was validated, so "
+                    "there is nothing to select by: give it at least one whole epoch."
+                )
             accuracies[candidate] = accuracy
     if is_first_process():
         report(cfg, candidates, accuracies)
@@ -194,7 +198,7 @@ def finished_accuracy(cfg: DictConfig, candidate: Candidate) -> float | None:
             "output_dir=FOLDER, or remove this one."
         )
     result = load_result(candidate.folder)
-    return None if result is None else result["val_accuracy"]
+    return None if result is None else result.get("val_accuracy")
 
 
 # ---- report --------------------------------------------------------------------------------------

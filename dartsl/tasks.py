@@ -44,6 +44,8 @@ from dartsl.sweep import load_result, save_result
 from dartsl.terminal import print_command, print_summary
 from dartsl.visualize import draw_genotypes, save_figure
 
+FOUND_FILES = {"Genotype": GENOTYPE_FILE, "Best": BEST_GENOTYPE_FILE, "Cells": "cells.png"}
+
 
 @resumable
 def search(cfg: DictConfig) -> float | None:
@@ -153,8 +155,8 @@ def quick_start(cfg: DictConfig) -> float | None:
     genotype = f"genotype.path={quote(folder / 'search' / GENOTYPE_FILE)}"
     searched = compose_experiment(cfg.experiments[0], steps[0], "next_experiment=null")
     trained = compose_experiment(cfg.experiments[1], steps[1], "genotype=from_file", genotype)
-    search(searched)
-    accuracy = train(trained)
+    run(searched)
+    accuracy = run(trained)
     keep_result(cfg, **(load_result(trained.output_dir) or {}))
     leave_report(folder)
     print_command(command(f"experiment={cfg.next_experiment}"))
@@ -249,9 +251,11 @@ def report_genotype(cfg: DictConfig, trainer: pl.Trainer, artifact: str | None) 
     folder = relative(cfg.output_dir)
     rows = {
         **scores(trainer, "search"),
-        "Genotype": f"{folder}/{GENOTYPE_FILE}",
-        "Best": f"{folder}/{BEST_GENOTYPE_FILE}",
-        "Cells": f"{folder}/cells.png",
+        **{
+            title: f"{folder}/{name}"
+            for title, name in FOUND_FILES.items()
+            if (Path(cfg.output_dir) / name).exists()
+        },
     }
     if artifact is not None:
         rows["Artifact"] = artifact

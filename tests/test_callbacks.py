@@ -82,6 +82,17 @@ def test_the_genotype_is_written_after_every_epoch(tmp_path: Path) -> None:
     assert Genotype.load(tmp_path / "genotype_best.yaml") == best[1]
 
 
+def test_a_search_that_ends_within_an_epoch_leaves_its_genotype(tmp_path: Path) -> None:
+    module = search(GenotypeWriter(tmp_path, draw=False), max_steps=2)
+    assert Genotype.load(tmp_path / "genotype.yaml") == module.genotype()
+    assert not (tmp_path / "genotype_best.yaml").exists()
+
+
+def test_without_validation_no_genotype_is_the_best(tmp_path: Path) -> None:
+    search(GenotypeWriter(tmp_path, draw=False), limit_val_batches=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["genotype.yaml"]
+
+
 def test_pictures_are_drawn_at_the_end(tmp_path: Path) -> None:
     search(GenotypeWriter(tmp_path))
     names = {f"{name}.{suffix}" for name in ("cells", "strengths") for suffix in ("png", "svg")}

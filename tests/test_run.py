@@ -439,6 +439,10 @@ experiment=search_digits hardwar=gpu
     Unknown key 'hardwar'. Did you mean 'hardware'?
 method=pc_darts
     'method' is no part of this experiment
+experiment=search_digits hardware=cpu trainer.devices=2
+    2 processes need a strategy that averages what a search and a training average
+experiment=train_digits genotype=darts_v1 +trainer.accumulate_grad_batches=2
+    trainer.accumulate_grad_batches is not for searches and trainings that resume exactly
 optimizer.weights.lr=0.1
     'optimizer' is no part of this experiment
 experiment=search_digits search_space.primitives=[none,sep_conv_3x4]

@@ -6,6 +6,7 @@ normalisation, section 3.3) and the stages (alpha warm-up, section 4.2).
 Shapes: B images, C channels, E edges, P primitives.
 """
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from dartsl.errors import UserError
 from dartsl.modules import SearchModule
 from dartsl.networks.supernet import ALPHA_INIT_STD, MixedOperation
+
+log = logging.getLogger(__name__)
 
 
 class PartialMixedOperation(MixedOperation):
@@ -97,7 +100,17 @@ class AlphaWarmup:
 
     def __init__(self, num_epochs: int = 15) -> None:
         self.num_epochs = num_epochs
+        self.has_warned = False
 
     def enter(self, module: SearchModule, epoch: int) -> None:
-        """Switch the alpha steps on after the warm-up."""
+        """Switch the alpha steps on after the warm-up; warns where the search ends within it."""
         module.updates_alpha = epoch >= self.num_epochs
+        last = getattr(getattr(module, "_trainer", None), "max_epochs", None) or -1
+        if not self.has_warned and 0 < last <= self.num_epochs:
+            self.has_warned = True
+            log.warning(
+                "Alpha is left alone for %d epochs (method.stages.num_epochs), and this search has "
+                "%d: its genotype will be that of the random alphas it begins with.",
+                self.num_epochs,
+                last,
+            )

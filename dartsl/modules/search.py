@@ -181,11 +181,21 @@ class SearchModule(ResumableModule):
         alphas = self.supernet.arch_parameters()
         return [weights, make_optimizer(self.arch_optimizer, alphas, "alpha")]
 
+    def on_train_start(self) -> None:
+        """Enter the stage of an epoch of which a resumed run has no batch left, only its end."""
+        if self._epoch_end_pending:
+            self.enter_stage()
+        super().on_train_start()
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Enter the epoch's stage and learning rate."""
+        self.enter_stage()
+        super().on_train_batch_start(batch, batch_idx)
+
+    def enter_stage(self) -> None:
+        """Put supernet and schedule into the state of the epoch."""
         if self.stages is not None:
             self.stages.enter(self, self.current_epoch)
-        super().on_train_batch_start(batch, batch_idx)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Check at an epoch's end, before a genotype is written, that the processes agree."""

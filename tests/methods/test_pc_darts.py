@@ -317,6 +317,15 @@ def test_the_warm_up_of_the_paper_has_15_epochs() -> None:
     assert states == [False] * 15 + [True] * 35
 
 
+@pytest.mark.parametrize(("epochs", "warnings"), [(2, 1), (3, 0)])
+def test_a_search_that_ends_in_its_warm_up_says_so(epochs, warnings, caplog) -> None:
+    _, supernet = pair_of()
+    batches = [{"train": images(), "val": images(seed=1)}]
+    search(supernet, batches, FirstOrder(), AlphaWarmup(2), epochs=epochs)
+    said = [line for line in caplog.messages if "method.stages.num_epochs" in line]
+    assert len(said) == warnings
+
+
 @pytest.mark.parametrize("k", [0, 1])
 def test_there_are_parts(k) -> None:
     with pytest.raises(UserError, match=f"proportion is {k}"):

@@ -185,6 +185,24 @@ def test_resume_of_the_unrolled_search(tmp_path: Path, product: Any) -> None:
         assert_same_end(resumed, whole)
 
 
+def test_resume_at_an_epochs_end_enters_its_stage(tmp_path: Path) -> None:
+    """There is no batch left in front of which it would be entered."""
+
+    class Recorder:
+        def __init__(self) -> None:
+            self.entered: list[int] = []
+
+        def enter(self, module: SearchModule, epoch: int) -> None:
+            self.entered.append(epoch)
+
+    run(search_module(), folder=tmp_path, max_epochs=2)
+    for name in ("06-batch", "04-batch"):
+        module, stages = search_module(), Recorder()
+        module.stages = stages
+        run(module, ckpt_path=tmp_path / f"{name}.ckpt", max_epochs=2)
+        assert stages.entered == {"06-batch": [1], "04-batch": [1, 1]}[name]
+
+
 @pytest.mark.parametrize("max_steps", [2, 3, 5])
 @pytest.mark.parametrize("make", [search_module, train_module])
 def test_resume_after_max_steps(
