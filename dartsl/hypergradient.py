@@ -12,7 +12,7 @@ for bit; no model is copied.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, get_args
 
@@ -155,7 +155,7 @@ def finite_difference_product(
 
     Returns:
         (g+ - g-) / (2 epsilon), in the shapes of `alphas`; zeros where v is zero. Both passes run
-        in full precision, autocast or not.
+        in full precision, autocast or not, and where a relaxation samples they see one sample.
     """
     weights = list(weights)
     norm = torch.stack(torch._foreach_norm(list(vector))).norm()
@@ -168,7 +168,7 @@ def finite_difference_product(
     try:
         with torch.no_grad():
             torch._foreach_add_(weights, step)
-        with full_precision, held_constant(weights):
+        with full_precision, held_constant(weights), _random_numbers_come_again(norm.device):
             plus = _gradients(loss(), alphas, average)
         with torch.no_grad():
             torch._foreach_sub_(weights, step, alpha=2.0)
@@ -244,6 +244,14 @@ def check_virtual_step(optimizer: torch.optim.Optimizer) -> None:
             f"nesterov, dampening or maximize), not of {type(optimizer).__name__}: choose such an "
             "SGD for the weights, or method=darts_first_order."
         )
+
+
+def _random_numbers_come_again(device: torch.device) -> AbstractContextManager[None]:
+    """After it, those are drawn again that were drawn within, on the CPU and on this device.
+
+    Of two samples the difference, divided by 2 epsilon, would be noise.
+    """
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 @contextmanager

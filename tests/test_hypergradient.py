@@ -277,6 +277,26 @@ def test_epsilon_is_the_scale_by_the_norm_over_all_weights_and_plus_comes_first(
     assert len(seen) == 2
 
 
+def test_both_passes_of_the_difference_see_one_sample() -> None:
+    """Of a relaxation that samples; the random numbers after it are those after one pass."""
+    w = [scalar(0.3), scalar(-0.7)]
+    alpha = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    vector = [torch.tensor([3.0]).double(), torch.tensor([4.0]).double()]
+    samples = []
+
+    def loss() -> Tensor:
+        samples.append(torch.rand(2, dtype=torch.float64))
+        return (alpha * samples[-1] * torch.cat(w)).sum()
+
+    torch.manual_seed(0)
+    (product,) = finite_difference_product(loss, w, [alpha], vector)
+    assert torch.allclose(product, samples[0] * torch.cat(vector), rtol=1e-9)
+    following = torch.rand(1)
+    torch.manual_seed(0)
+    assert torch.equal(samples[0], torch.rand(2, dtype=torch.float64))
+    assert torch.equal(following, torch.rand(1))
+
+
 @pytest.mark.parametrize("scale", [1e-4, 1e-2, 1.0])
 def test_epsilon_does_not_matter_where_the_loss_is_quadratic(scale) -> None:
     w = [scalar(0.3), scalar(-0.7)]
