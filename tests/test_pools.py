@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-from functools import partial
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from dartsl.native import build
 from dartsl.networks.merged import MergedBatchNorm, NormalizedPool, can_share, shared_sum
 from dartsl.networks.supernet import MixedOperation
-from dartsl.pools import AvgPool2d, WeightedPools, _formula, _weighs_well
+from dartsl.pools import AvgPool2d, WeightedPools, _formula
 from dartsl.search_space import DARTS_PRIMITIVES
 
 needs_compiler = pytest.mark.skipif(not build.is_built(), reason="no C compiler on this machine")
@@ -203,23 +202,6 @@ def test_the_operations_of_torch() -> None:
         arguments = output, x, weights, y, statistics, [1, 1, 1], 1, list(wanted)
         operation = torch.ops.dartsl.weighted_pools_backward.default
         torch.library.opcheck(operation, arguments)
-
-
-@needs_compiler
-def test_it_is_tried_before_a_gpu_uses_it(monkeypatch, caplog) -> None:
-    monkeypatch.setattr("dartsl.pools.TRIAL", (2, 4, 5, 6))
-    trial = partial(_weighs_well.__wrapped__, torch.device("cpu"), torch.float32)
-    assert trial()
-    right = torch.ops.dartsl.weighted_pools_backward
-
-    def wrong(*inputs):
-        of_x, of_weights = right(*inputs)
-        return [of_x.roll(1, 3), of_weights]
-
-    monkeypatch.setattr(torch.ops.dartsl, "weighted_pools_backward", wrong)
-    assert not trial()
-    (line,) = caplog.messages
-    assert "The kernels for pools do not work on this GPU, PyTorch computes it: they are" in line
 
 
 # In a mixed operation
