@@ -6,8 +6,9 @@ code: 0 and 1 are a cell's inputs (the outputs of the cell before the last and o
 """
 
 import ast
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -24,6 +25,8 @@ GENOTYPE_FILE = "genotype.yaml"
 
 _FIELDS = ("normal", "normal_concat", "reduce", "reduce_concat")
 _TARGET = "dartsl.genotype.Genotype"
+# A call in the official notation; at a line's start perhaps with the name that it is given.
+_CALL = re.compile(r"(?:^[ \t]*(?:(\w+)[ \t]*=[ \t]*)+)?Genotype\(", re.MULTILINE)
 _MAX_TEXT = 100_000  # characters; the largest published genotype has under 1,000
 
 
@@ -77,31 +80,35 @@ class Genotype:
 
         The official notation may stand anywhere in a line of a log, e.g.
         `genotype = Genotype(normal=[('sep_conv_3x3', 1), ...], normal_concat=range(2, 6), ...)`.
+        Of several the last one counts, as in the log of a search, which writes one every epoch;
+        but where they have names of their own, as in the official `genotypes.py`, none is chosen.
         Only literals and `range` are understood; nothing is ever evaluated.
 
         Raises:
-            UserError: where the text holds no genotype.
+            UserError: where the text holds no genotype, or different ones of several names.
         """
         if len(text) > _MAX_TEXT:
             raise UserError(f"A genotype is at most {_MAX_TEXT:,} characters, not {len(text):,}.")
-        _, call, rest = text.partition("Genotype(")
-        try:
-            fields = _read_call(call + rest) if call else yaml.safe_load(text)
-        except Exception:  # a dozen kinds; PyYAML adds AttributeError and others for odd tags
-            fields = None
-        if not isinstance(fields, Mapping):
+        starts = {call[1]: call.end() for call in _CALL.finditer(text)}  # the last of each name
+        named = {
+            name: cls._read(f"Genotype({text[start:]}", _read_call)
+            for name, start in starts.items()
+        }
+        different = len(set(named.values()))
+        if different > 1:
+            names = ", ".join(name or "one without a name" for name in named)
             raise UserError(
-                f"No genotype in {_shorten(text)}: expected yaml or the official notation, "
-                "Genotype(normal=[('sep_conv_3x3', 0), ...], normal_concat=range(2, 6), ...)."
+                f"There are {different} different genotypes ({_shorten(names)}); give a file with "
+                "the one that is meant."
             )
-        return cls._from_fields(fields)
+        return next(iter(named.values())) if named else cls._read(text, yaml.safe_load)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read a genotype from a file: the yaml that `save` writes, or the official notation.
 
         Raises:
-            UserError: where the file is missing or holds no genotype.
+            UserError: where the file is missing, holds no genotype, or several; see `parse`.
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
@@ -132,6 +139,19 @@ class Genotype:
         """The official code's notation, which `parse` reads too."""
         fields = (f"{name}={list(getattr(self, name))!r}" for name in _FIELDS)
         return f"Genotype({', '.join(fields)})"
+
+    @classmethod
+    def _read(cls, text: str, read: Callable[[str], Any]) -> Self:
+        try:
+            fields = read(text)
+        except Exception:  # a dozen kinds; PyYAML adds AttributeError and others for odd tags
+            fields = None
+        if not isinstance(fields, Mapping):
+            raise UserError(
+                f"No genotype in {_shorten(text)}: expected yaml or the official notation, "
+                "Genotype(normal=[('sep_conv_3x3', 0), ...], normal_concat=range(2, 6), ...)."
+            )
+        return cls._from_fields(fields)
 
     @classmethod
     def _from_fields(cls, fields: Mapping[Any, Any]) -> Self:

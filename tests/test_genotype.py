@@ -184,6 +184,32 @@ def test_the_official_notation_as_it_is_met(text) -> None:
     assert Genotype.parse(text) == published("darts_v2")
 
 
+@pytest.mark.parametrize("line", ["11/05 03:11:35 PM genotype = {}", "genotype = {}", "{}"])
+def test_of_the_log_of_a_search_the_last_one_counts(line) -> None:
+    between = "\n11/05 03:11:36 PM train_acc 40.1 (what else a log says\n"
+    assert Genotype.parse(between.join(map(line.format, [DARTS_V1, DARTS_V1, DARTS_V2]))) == (
+        published("darts_v2")
+    )
+
+
+def test_the_last_one_of_a_log_is_whole() -> None:
+    with pytest.raises(UserError, match="No genotype in"):
+        Genotype.parse(f"genotype = {DARTS_V1}\ngenotype = {DARTS_V2[:99]}")
+
+
+def test_of_several_names_none_is_chosen(tmp_path) -> None:
+    """As in the official genotypes.py."""
+    path = tmp_path / "genotypes.py"
+    nasnet = published("nasnet").notation().replace(", normal_concat", ",\n  normal_concat")
+    names = {"NASNet": nasnet, "DARTS_V1": DARTS_V1, "DARTS = DARTS_V2": DARTS_V2}
+    path.write_text("\n\n".join(f"{name} = {text}" for name, text in names.items()))
+    with pytest.raises(UserError, match=r"3 different .*NASNet, DARTS_V1, DARTS_V2") as caught:
+        Genotype.load(path)
+    assert str(path) in str(caught.value)
+    same = f"DARTS_V2 = {DARTS_V2}\nOURS = {DARTS_V2.replace('[2, 3, 4, 5]', 'range(2, 6)')}"
+    assert Genotype.parse(same) == published("darts_v2")
+
+
 def test_repr_is_read_back() -> None:
     for name in PUBLISHED:
         assert Genotype.parse(repr(published(name))) == published(name)
