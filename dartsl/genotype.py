@@ -89,13 +89,17 @@ class Genotype:
         """
         if len(text) > _MAX_TEXT:
             raise UserError(f"A genotype is at most {_MAX_TEXT:,} characters, not {len(text):,}.")
-        calls = {call[1]: "Genotype" + text[call.end() - 1 :] for call in _CALL.finditer(text)}
-        named = {name: cls._read(call, _read_call) for name, call in calls.items()}
-        if len(set(named.values())) > 1:
-            names = ", ".join(str(name or "without a name") for name in named)
+        starts = {call[1]: call.end() for call in _CALL.finditer(text)}  # the last of each name
+        named = {
+            name: cls._read(f"Genotype({text[start:]}", _read_call)
+            for name, start in starts.items()
+        }
+        different = len(set(named.values()))
+        if different > 1:
+            names = ", ".join(name or "one without a name" for name in named)
             raise UserError(
-                f"There are {len(set(named.values()))} different genotypes ({_shorten(names)}); "
-                "give a file with the one that is meant."
+                f"There are {different} different genotypes ({_shorten(names)}); give a file with "
+                "the one that is meant."
             )
         return next(iter(named.values())) if named else cls._read(text, yaml.safe_load)
 

@@ -187,7 +187,7 @@ def test_the_official_notation_as_it_is_met(text) -> None:
 @pytest.mark.parametrize("line", ["11/05 03:11:35 PM genotype = {}", "genotype = {}", "{}"])
 def test_of_the_log_of_a_search_the_last_one_counts(line) -> None:
     between = "\n11/05 03:11:36 PM train_acc 40.1 (what else a log says\n"
-    assert Genotype.parse(between.join(map(line.format, [DARTS_V2, DARTS_V1, DARTS_V2]))) == (
+    assert Genotype.parse(between.join(map(line.format, [DARTS_V1, DARTS_V1, DARTS_V2]))) == (
         published("darts_v2")
     )
 
