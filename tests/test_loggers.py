@@ -107,6 +107,17 @@ def test_a_sweep_is_one_group_and_each_job_one_finished_run(runs: Runs) -> None:
 
 
 @pytest.mark.slow
+def test_the_quick_start_is_two_runs_of_one_group(monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    command(monkeypatch, "logger=wandb", "logger.wandb.mode=offline", "data.max_images=24",
+            "trainer.max_epochs=1", "print_config=false", "hydra.run.dir=here")  # fmt: skip
+    search, training = (OfflineRun.read(tmp_path / "here" / part) for part in ("search", "train"))
+    assert search.id != training.id
+    assert search.group == training.group == "quick_start"
+    assert (search.job_type, training.job_type) == ("search", "train")
+
+
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_under_its_id(runs: Runs) -> None:
     assert runs.search.id == runs.stopped.id
     assert runs.stopped.exit_code == runs.search.exit_code == 0

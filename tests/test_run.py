@@ -746,6 +746,36 @@ def test_resume_auto_in_a_sweep_skips_what_is_finished(command: Command) -> None
 
 
 @pytest.mark.slow
+def test_a_search_that_ends_within_an_epoch(command: Command) -> None:
+    """It leaves its genotype and names no file that is not there."""
+    done = command(
+        "experiment=search_digits", *SMALL_SEARCH, "data.max_images=48", "data.batch_size=16",
+        "trainer.max_steps=2", "hydra.run.dir=here",
+    )  # fmt: skip
+    assert done.code == 0, done.error
+    assert "Traceback" not in done.error + done.out
+    assert "genotype_best" not in done.out
+    assert "Genotype: here/genotype.yaml" in done.out
+    assert len(Genotype.load("here/genotype.yaml").normal) == 8
+
+
+@pytest.mark.slow
+def test_an_evaluation_writes_over_no_training(command: Command) -> None:
+    network = ("genotype=darts_v1", "network.channels=4", "network.num_cells=2")
+    where = (*network, "network.auxiliary=false", "hydra.run.dir=here")
+    trained = command("experiment=train_digits", *where, "data.max_images=40",
+                      "trainer.max_epochs=1")  # fmt: skip
+    assert trained.code == 0, trained.error
+    before = {path: path.read_bytes() for path in Path("here").glob("*.yaml")}
+    assert Path("here/result.yaml") in before
+    done = command("experiment=evaluate", "data=digits", *where,
+                   "ckpt_path=here/checkpoints/last.ckpt")  # fmt: skip
+    assert done.code == 1
+    assert "here holds a run already: choose another folder" in done.error
+    assert {path: path.read_bytes() for path in Path("here").glob("*.yaml")} == before
+
+
+@pytest.mark.slow
 def test_resume_auto_in_the_quick_start(command: Command) -> None:
     """Its two runs, each in its own folder."""
     quick = ("data.max_images=24", "trainer.max_epochs=1", "hydra.run.dir=here", "resume=auto")

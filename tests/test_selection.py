@@ -110,6 +110,23 @@ def test_what_is_trained_is_not_trained_again(
     assert "searches/select/0 holds a training with another module" in other.error
 
 
+@pytest.mark.slow
+def test_a_training_that_ends_before_it_is_validated(
+    searches: Path,
+    images: Path,  # noqa: F811
+    command: Command,  # noqa: F811
+) -> None:
+    """However often it is tried."""
+    for _ in range(2):
+        done = command(
+            "experiment=select", "run_dir=searches", *on_images(images, small=SMALL_TRAIN),
+            "data.batch_size=4", "trainer.max_steps=1",
+        )  # fmt: skip
+        assert done.code == 1
+        last = done.error.strip().splitlines()[-1]
+        assert last.startswith("Error: The training of 0 has ended before it was validated")
+
+
 # The command, and below it what the sentence says.
 def test_its_trainings_are_no_trainings_to_weights_and_biases(tmp_path: Path) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):

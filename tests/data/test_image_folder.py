@@ -88,10 +88,10 @@ def test_all_kinds_of_images_become_the_channels_asked_for(tmp_path: Path, chann
     assert greys == {9}
 
 
-HELD_OR_FILES = [(2**31, 0), (0, 0), (0, 2)]  # in_memory_limit, num_workers
+HELD, READ_BY_WORKERS, READ = (2**31, 0), (0, 2), (0, 0)  # in_memory_limit, num_workers
 
 
-@pytest.mark.parametrize(("limit", "workers"), HELD_OR_FILES[::2])
+@pytest.mark.parametrize(("limit", "workers"), [HELD, READ_BY_WORKERS])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_16_bits_become_8(tmp_path: Path, channels: int, limit: int, workers: int) -> None:
     """As Pillow opens them: modes I;16, I;16B and, of a PGM, I."""
@@ -115,7 +115,7 @@ def test_16_bits_become_8(tmp_path: Path, channels: int, limit: int, workers: in
     np.testing.assert_allclose(x, np.broadcast_to(expected, (4, channels, 8, 8)), atol=1e-6)
 
 
-@pytest.mark.parametrize(("limit", "workers"), HELD_OR_FILES[::2])
+@pytest.mark.parametrize(("limit", "workers"), [HELD, READ_BY_WORKERS])
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_pixels_without_a_known_white_are_refused(
     tmp_path: Path, dtype: Any, limit: int, workers: int
@@ -154,7 +154,7 @@ def test_stray_files_are_passed_over(tmp_path: Path) -> None:
     assert len(train) + len(test) == 11
 
 
-@pytest.mark.parametrize(("limit", "workers"), HELD_OR_FILES)
+@pytest.mark.parametrize(("limit", "workers"), [HELD, READ, READ_BY_WORKERS])
 @pytest.mark.parametrize("content", [b"", b"not an image", None], ids=["empty", "text", "cut"])
 def test_broken_image_is_named(
     tmp_path: Path, limit: int, workers: int, content: bytes | None
