@@ -43,16 +43,17 @@ def prepare(cfg: DictConfig) -> None:
     if cfg.threads is not None and not 1 <= cfg.threads <= 1024:  # of too many a process dies
         raise UserError(f"threads={cfg.threads} must be from 1 to 1024, or null.")
     check_length(cfg)
+    check_accumulation(cfg)
     if (cfg.get("module") or {}).get("schedule") is not None:
         build(cfg.module.schedule)(0)  # it refuses its settings before any data is read
     check_fit(cfg)
     output_dir = Path(cfg.output_dir)
-    given = cfg.ckpt_path is not None or cfg.resume is not None
-    goes_on = given and cfg.task != "evaluate"  # whose checkpoint is another run's
+    trains = cfg.task != "evaluate"  # whose checkpoint is another run's
+    goes_on = trains and (cfg.ckpt_path is not None or cfg.resume is not None)
     if is_first_process() and not goes_on and holds_run(output_dir):
         raise UserError(
-            f"{output_dir} holds a run already: go on with it by resume=auto, or choose another "
-            "folder by hydra.run.dir=FOLDER."
+            f"{output_dir} holds a run already: {'go on with it by resume=auto, or ' * trains}"
+            "choose another folder by hydra.run.dir=FOLDER."
         )
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
@@ -65,13 +66,17 @@ def check_length(cfg: DictConfig) -> None:
     for key in ("max_epochs", "max_steps", "limit_train_batches"):
         if cfg.trainer[key] == 0:
             raise UserError(f"trainer.{key}=0 trains nothing; it must be more.")
-    if (cfg.trainer.get("accumulate_grad_batches") or 1) != 1:
+    if cfg.trainer.max_epochs is not None and cfg.trainer.max_epochs < 0:
+        raise UserError(f"trainer.max_epochs={cfg.trainer.max_epochs} must be at least 1.")
+
+
+def check_accumulation(cfg: DictConfig) -> None:
+    """Raise a UserError for gradients of several batches, which no checkpoint keeps."""
+    if cfg.trainer.get("accumulate_grad_batches") not in (None, 1):
         raise UserError(
             "trainer.accumulate_grad_batches is not for searches and trainings that resume "
             "exactly: set data.batch_size, or share a batch among processes (hardware=multi_gpu)."
         )
-    if cfg.trainer.max_epochs is not None and cfg.trainer.max_epochs < 0:
-        raise UserError(f"trainer.max_epochs={cfg.trainer.max_epochs} must be at least 1.")
 
 
 def check_fit(cfg: DictConfig) -> None:

@@ -249,14 +249,10 @@ def publish_search(cfg: DictConfig, trainer: pl.Trainer) -> str | None:
 def report_genotype(cfg: DictConfig, trainer: pl.Trainer, artifact: str | None) -> None:
     """Print what a search found, where it lies, and the command to type next."""
     folder = relative(cfg.output_dir)
-    rows = {
-        **scores(trainer, "search"),
-        **{
-            title: f"{folder}/{name}"
-            for title, name in FOUND_FILES.items()
-            if (Path(cfg.output_dir) / name).exists()
-        },
-    }
+    rows = scores(trainer, "search")
+    for title, name in FOUND_FILES.items():
+        if (Path(cfg.output_dir) / name).exists():
+            rows[title] = f"{folder}/{name}"
     if artifact is not None:
         rows["Artifact"] = artifact
     print_summary("The search", rows | report_row(cfg))

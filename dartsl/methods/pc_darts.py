@@ -105,7 +105,7 @@ class AlphaWarmup:
     def enter(self, module: SearchModule, epoch: int) -> None:
         """Switch the alpha steps on after the warm-up; warns where the search ends within it."""
         module.updates_alpha = epoch >= self.num_epochs
-        last = getattr(getattr(module, "_trainer", None), "max_epochs", None) or -1
+        last = getattr(getattr(module, "trainer", None), "max_epochs", None) or -1
         if not self.has_warned and 0 < last <= self.num_epochs:
             self.has_warned = True
             log.warning(
