@@ -212,6 +212,24 @@ def _plain_choices(hint: Any) -> Iterator[str]:
         yield _WORDS.get(origin or hint, f"a {getattr(hint, '__name__', hint)}")
 
 
+def find_validation_fault(cfg: DictConfig) -> str | None:
+    """Why nothing may be selected by a run's validation accuracy, in words; None where it may.
+
+    With data.train_fraction=1 the validation set is the test set, as in the official code.
+    """
+    if cfg.task not in ("search", "train", "select"):
+        return f"task={cfg.task} finds no validation accuracy to select by."
+    fraction, batches = cfg.data.train_fraction, cfg.trainer.limit_val_batches
+    if not (isinstance(fraction, float) and 0 < fraction < 1):
+        return (
+            f"data.train_fraction={fraction} leaves no training images to select by; choose a "
+            "number between 0 and 1, e.g. 0.5."
+        )
+    if batches is not None and batches <= 0:
+        return f"trainer.limit_val_batches={batches} leaves no images to select by; null takes all."
+    return None
+
+
 # Launchers and sweepers that come with an extra of this package -> the extra.
 EXTRAS = {
     "hydra/launcher/joblib": "joblib",

@@ -10,7 +10,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dartsl.checkpoints import LAST, PREVIOUS, find_fault, find_whole
-from dartsl.config import check_missing, differing_keys, relative, resolved
+from dartsl.config import (
+    check_missing,
+    differing_keys,
+    find_validation_fault,
+    relative,
+    resolved,
+)
 from dartsl.errors import UserError
 from dartsl.files import CONFIG_FILE, RESULT_FILE
 from dartsl.sweep import load_result
@@ -29,9 +35,9 @@ def resumable(task: Task) -> Task:
             check_same_run(cfg)
             found = load_result(cfg.output_dir)
             if found is not None:
-                value = found.get("val_accuracy", found.get("test_accuracy"))
-                print(f"Finished already: {relative(cfg.output_dir)} ({value})")
-                return value
+                numbers = ", ".join(f"{name} {value}" for name, value in found.items())
+                print(f"Finished already: {relative(cfg.output_dir)} ({numbers})")
+                return None if find_validation_fault(cfg) else found.get("val_accuracy")
         return task(cfg)
 
     return start_or_go_on

@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from dartsl.config import build, command, kept_overrides, quote, relative, resolved
+from dartsl.config import (
+    build,
+    command,
+    find_validation_fault,
+    kept_overrides,
+    quote,
+    relative,
+    resolved,
+)
 from dartsl.distributed import is_first_process
 from dartsl.errors import UserError, unknown
 from dartsl.files import CONFIG_FILE, whole_file
@@ -93,14 +101,9 @@ def check_numbers(cfg: DictConfig) -> None:
     """Raise a UserError where the trainings would have no validation set of their own."""
     if not isinstance(cfg.random_cells, int) or cfg.random_cells < 0:
         raise UserError(f"random_cells={cfg.random_cells} must be a whole number of at least 0.")
-    fraction, batches = cfg.data.train_fraction, cfg.trainer.limit_val_batches
-    if not (isinstance(fraction, float) and 0 < fraction < 1):
-        raise UserError(
-            f"data.train_fraction={fraction} leaves no training images to select by; choose a "
-            "number between 0 and 1, e.g. 0.5."
-        )
-    if batches is not None and batches <= 0:
-        raise UserError(f"trainer.limit_val_batches={batches} leaves no images to select by.")
+    fault = find_validation_fault(cfg)
+    if fault is not None:
+        raise UserError(fault)
 
 
 # ---- candidates ----------------------------------------------------------------------------------

@@ -19,7 +19,14 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from dartsl.config import command, find_mistake, kept_overrides, quote, relative
+from dartsl.config import (
+    command,
+    find_mistake,
+    find_validation_fault,
+    kept_overrides,
+    quote,
+    relative,
+)
 from dartsl.distributed import is_first_process
 from dartsl.errors import UserError
 from dartsl.files import RESULT_FILE, whole_file
@@ -30,6 +37,7 @@ log = logging.getLogger(__name__)
 
 ERROR_FILE = "error.txt"
 SUMMARY_FILE = "summary.yaml"
+_SWEEPS_ALL = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"  # the others optimise
 _OVERRIDES_FILE = ".hydra/overrides.yaml"  # Hydra writes it before a job starts
 
 Result = dict[str, float]  # e.g. {"val_accuracy": 0.97, "test_accuracy": 0.96}
@@ -189,6 +197,13 @@ class SweepSummary(Callback):
     only. Here a job's failure is kept in its folder, shown at once and shown again at the end, and
     the sweep goes on; its exit status is 1.
     """
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Refuse a sweep for the best validation accuracy of jobs that have none."""
+        fault = find_validation_fault(config)
+        if config.hydra.sweeper._target_ != _SWEEPS_ALL and fault is not None:
+            # Not an exception, which Hydra would turn into a warning.
+            raise SystemExit(f"Error: {config.hydra.runtime.choices['hydra/sweeper']}: {fault}")
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """Keep why a job failed."""

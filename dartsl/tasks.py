@@ -1,6 +1,7 @@
 """What `run.py` can do: search, train, evaluate, select, draw, report, and the quick start.
 
-A task takes the composed config and returns the number that a sweeper maximises.
+A task takes the composed config and returns the number that a sweeper maximises: an accuracy on
+images that no weight was trained on and that are not the test set, or else None.
 """
 
 import io
@@ -26,6 +27,7 @@ from dartsl.config import (
     check_types,
     command,
     compose_experiment,
+    find_validation_fault,
     kept_overrides,
     quote,
     relative,
@@ -70,8 +72,6 @@ def search(cfg: DictConfig) -> float | None:
 def train(cfg: DictConfig) -> float | None:
     """Train a genotype's network, then test it; returns the validation accuracy.
 
-    With data.train_fraction=1 the validation set is the test set, as in the official code; without
-    any validation it is the test accuracy that is returned. Nothing may be selected by either.
     With test=false the test set is left alone.
     """
     prepare(cfg)
@@ -92,11 +92,11 @@ def train(cfg: DictConfig) -> float | None:
     leave_report(cfg.output_dir)
     report_network(cfg, rows, test)
     keep_result(cfg, val_accuracy=validation, test_accuracy=test)
-    return test if validation is None else validation
+    return None if find_validation_fault(cfg) else validation
 
 
 @resumable
-def evaluate(cfg: DictConfig) -> float | None:
+def evaluate(cfg: DictConfig) -> None:
     """Test accuracy of a checkpoint: dartsl's own, or a `.pt` file of the official code."""
     prepare(cfg)
     if cfg.ckpt_path is None:
@@ -115,7 +115,6 @@ def evaluate(cfg: DictConfig) -> float | None:
         accuracy = metric(trainer, "test/accuracy")
     report_network(cfg, {}, accuracy)
     keep_result(cfg, test_accuracy=accuracy)
-    return accuracy
 
 
 def select(cfg: DictConfig) -> float | None:
@@ -143,7 +142,7 @@ def report(cfg: DictConfig) -> None:
         print(relative(path))
 
 
-def quick_start(cfg: DictConfig) -> float | None:
+def quick_start(cfg: DictConfig) -> None:
     """Search, then train what was found: two experiments, given the overrides of this run."""
     if cfg.ckpt_path is not None:
         raise UserError(
@@ -156,11 +155,10 @@ def quick_start(cfg: DictConfig) -> float | None:
     searched = compose_experiment(cfg.experiments[0], steps[0], "next_experiment=null")
     trained = compose_experiment(cfg.experiments[1], steps[1], "genotype=from_file", genotype)
     run(searched)
-    accuracy = run(trained)
+    run(trained)
     keep_result(cfg, **(load_result(trained.output_dir) or {}))
     leave_report(folder)
     print_command(command(f"experiment={cfg.next_experiment}"))
-    return accuracy
 
 
 # ---- parts ---------------------------------------------------------------------------------------

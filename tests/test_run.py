@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -344,9 +345,18 @@ def test_the_value_that_a_sweeper_optimises(command: Command, monkeypatch) -> No
     searched = command("experiment=search_digits", *ON_DIGITS, *SMALL_SEARCH)
     accuracy = re.findall(r"val: loss [\d.]+, accuracy ([\d.]+) %", searched.out)[-1]
     assert 100 * values[0] == pytest.approx(float(accuracy), abs=0.005)
-    genotype = ["experiment=train_digits", "genotype=darts_v1"]
-    trained = command(*genotype, *ON_DIGITS, *SMALL_TRAIN)
-    assert 100 * values[1] == pytest.approx(trained.accuracy, abs=0.005)
+    train = ["experiment=train_digits", "genotype=darts_v1", *ON_DIGITS, *SMALL_TRAIN]
+    # Of a training that is validated on images of its own; else it is the test set's accuracy.
+    own = ["data.train_fraction=0.5", "trainer.limit_val_batches=null", "hydra.run.dir=own"]
+    trained = command(*train, *own, "resume=auto")
+    found = yaml.safe_load(Path("own/result.yaml").read_text())
+    assert 100 * found["test_accuracy"] == pytest.approx(trained.accuracy, abs=0.005)
+    assert "Finished already" in command(*train, *own, "resume=auto").out
+    assert values[-2:] == [found["val_accuracy"]] * 2
+    for seen in ("trainer.limit_val_batches=0", "trainer.limit_val_batches=null"):
+        assert command(*train, seen, f"hydra.run.dir={seen[-1]}").code == 0
+        assert yaml.safe_load(Path(seen[-1], "result.yaml").read_text())
+        assert values.pop() is None
 
 
 # Drawing, loggers, debugging
@@ -690,7 +700,7 @@ def test_resume_auto_starts_goes_on_and_says_when_it_is_finished(
     before = {path: path.read_bytes() for path in Path("here").rglob("*") if path.is_file()}
     finished = command(*search, "hydra.run.dir=here", "callbacks.checkpoint.every_n_steps=9")
     assert finished.code == 0
-    assert f"Finished already: here ({values[-1]})" in finished.out
+    assert f"Finished already: here (val_accuracy {values[-1]})" in finished.out
     assert values[-1] == values[-2] == values[0]
     kept = [path for path in before if ".hydra" not in path.parts and path.suffix != ".log"]
     assert all(path.read_bytes() == before[path] for path in kept)

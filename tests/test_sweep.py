@@ -1,6 +1,7 @@
 """Sweeps: what the jobs found as one result, and the engines that run them."""
 
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -194,6 +195,33 @@ def test_optuna_maximises_what_the_task_returns(tmp_path: Path) -> None:
     assert len(results) == 3
     assert best["best_value"] == max(result["val_accuracy"] for result in results if result)
     assert set(best["best_params"]) == {"optimizer.weights.lr", "optimizer.weights.weight_decay"}
+
+
+NOTHING_TO_SELECT_BY = {
+    "experiment=train_digits": "data.train_fraction=1.0 leaves no training images to select by",
+    "experiment=train_digits data.train_fraction=0.8": "trainer.limit_val_batches=0 leaves no",
+    "experiment=search_digits trainer.limit_val_batches=0": "trainer.limit_val_batches=0 leaves no",
+    "experiment=quick_start": "task=quick_start finds no validation accuracy to select by.",
+}
+
+
+@pytest.mark.parametrize(("arguments", "fault"), NOTHING_TO_SELECT_BY.items())
+def test_no_sweeper_looks_for_the_best_test_accuracy(arguments: str, fault: str) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", arguments.split(), return_hydra_config=True)
+    SweepSummary().on_multirun_start(cfg)  # one that tries every value selects nothing
+    cfg.hydra.sweeper._target_ = "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
+    with pytest.raises(SystemExit, match=f"^Error: .+: {re.escape(fault)}"):
+        SweepSummary().on_multirun_start(cfg)
+
+
+@installed("hydra_optuna_sweeper")
+def test_optuna_is_refused_before_any_job(tmp_path: Path) -> None:
+    train = ("experiment=train_digits", "genotype=darts_v1", "hydra.sweep.dir=here")
+    done = command(tmp_path, "-m", *train, "sweep=optuna")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("Error: optuna: data.train_fraction=1.0 leaves")
+    assert not read_jobs(tmp_path / "here")
 
 
 # Processes that another has started
