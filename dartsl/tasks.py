@@ -38,7 +38,7 @@ from dartsl.files import REPORT_FILE
 from dartsl.genotype import GENOTYPE_FILE, Genotype, published
 from dartsl.interop import load_official_network
 from dartsl.loggers import finished_runs, publish
-from dartsl.modules.resumable import check_same_tensors
+from dartsl.modules.resumable import check_same_operations, check_same_tensors
 from dartsl.report import leave_report, write_report
 from dartsl.resume import find_checkpoint, resumable
 from dartsl.runs import prepare, running, speed_up
@@ -101,15 +101,16 @@ def evaluate(cfg: DictConfig) -> None:
     prepare(cfg)
     if cfg.ckpt_path is None:
         raise UserError("Nothing to evaluate: give ckpt_path=FILE, the checkpoint of a training.")
-    state_dict, official = read_checkpoint(cfg.ckpt_path)
+    checkpoint, state_dict = read_checkpoint(cfg.ckpt_path)
     auxiliary = any(name.startswith("auxiliary_head.") for name in state_dict)
     network = build(cfg.network)(genotype=find_genotype(cfg), auxiliary=auxiliary)
-    if official:
+    module = build(cfg.module)(network=network)
+    if checkpoint is None:
         load_official_network(network, state_dict)
     else:
         check_same_tensors(network.state_dict(), state_dict, "this run's network")
+        check_same_operations(module.operations(), checkpoint)
         network.load_state_dict(state_dict)
-    module = build(cfg.module)(network=network)
     with running(cfg, run_as_other) as (trainer, data):
         trainer.test(module, datamodule=data, verbose=False)
         accuracy = metric(trainer, "test/accuracy")
@@ -195,8 +196,8 @@ def find_named_genotype(name: str) -> Genotype:
     return Genotype.load(path) if path.is_file() or path.name != name else published(name)
 
 
-def read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], bool]:
-    """A final network's tensors, and whether the file is one of the official code.
+def read_checkpoint(path: str) -> tuple[dict[str, Any] | None, dict[str, torch.Tensor]]:
+    """A training's checkpoint, or None for a file of the official code, and a network's tensors.
 
     Raises:
         UserError: where the file is missing or holds something else.
@@ -215,7 +216,7 @@ def read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], bool]:
         raise UserError(f"The checkpoint {path!r} holds no network's weights.")
     prefix = "network."
     ours = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    return (ours, False) if ours else (tensors, True)
+    return (content, ours) if ours else (None, tensors)
 
 
 def is_plain(value: Any) -> bool:

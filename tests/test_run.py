@@ -29,7 +29,7 @@ from dartsl.genotype import Genotype, published
 from dartsl.help import help_text
 from dartsl.interop import official_state_dict
 from dartsl.networks import FinalNetwork
-from tests.modules.test_resume import assert_same
+from tests.modules.test_resume import assert_same, other_source
 from tests.reports import report_content
 
 ROOT = Path(__file__).parents[1]
@@ -253,6 +253,14 @@ def test_search_then_train_then_evaluate(command: Command) -> None:
     )
     assert other.code == 1
     assert "Error: The checkpoint is of another network" in other.error
+
+    other_source(found).save("other.yaml")
+    other = command(
+        "experiment=evaluate", "data=digits", "genotype=from_file", "genotype.path=other.yaml",
+        f"ckpt_path={checkpoint}", *network,
+    )  # fmt: skip
+    assert other.code == 1
+    assert f"though its tensors fit: it has {found.notation()}" in other.error
 
 
 @pytest.mark.slow

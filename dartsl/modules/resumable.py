@@ -92,6 +92,10 @@ class ResumableModule(pl.LightningModule):
         """Parameter groups of the optimizer that the schedule sets."""
         return self.trainer.optimizers[0].param_groups
 
+    def operations(self) -> str:
+        """What the network's tensors do not tell: which operations they belong to."""
+        return ""
+
     def epoch_is_complete(self) -> bool:
         """Whether every batch of the epoch was trained on (not so when max_steps ends a run)."""
         return self.trainer.fit_loop.epoch_loop._num_ready_batches_reached()
@@ -167,6 +171,7 @@ class ResumableModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the steps' seed and counts, what was logged, and the metrics of all processes."""
+        checkpoint["operations"] = self.operations()
         checkpoint["step_seed"] = self.step_seed
         checkpoint["skipped_steps"] = [steps.state_dict() for steps in self.finite_steps]
         logged = sorted(self.trainer.callback_metrics.items())
@@ -186,6 +191,7 @@ class ResumableModule(pl.LightningModule):
             UserError: for a checkpoint of another network.
         """
         check_same_tensors(self.state_dict(), checkpoint["state_dict"], "this run's network")
+        check_same_operations(self.operations(), checkpoint)
         self.step_seed = checkpoint.get("step_seed")
         self._checkpoint = {
             k: checkpoint[k] for k in ("skipped_steps", "metrics") if k in checkpoint
@@ -260,6 +266,16 @@ def check_same_tensors(
         f"The checkpoint is of another network than {expected_name}: {'; '.join(differences)}. "
         "Give the same genotype, channels, cells and classes as the run that saved it."
     )
+
+
+def check_same_operations(expected: str, checkpoint: Mapping[str, Any]) -> None:
+    """Raise a UserError for a network with equal tensors that computes something else."""
+    found = checkpoint.get("operations", expected)  # older ones lack it
+    if found != expected:
+        raise UserError(
+            f"The checkpoint is of another network than this run's, though its tensors fit: it has "
+            f"{found}. Give the same genotype or search space as the run that saved it."
+        )
 
 
 def reopen_epoch(loops: dict[str, Any]) -> None:

@@ -91,6 +91,10 @@ class SearchModule(ResumableModule):
         self.train_metrics = EpochMetrics()
         self.val_metrics = EpochMetrics()
 
+    def operations(self) -> str:
+        """The primitives, in the order of alpha's columns."""
+        return f"the primitives {', '.join(self.supernet.space.primitives)}"
+
     def training_step(self, batch: dict[str, Batch], batch_idx: int) -> Tensor:
         """One step of Algorithm 1."""
         # 1. Update alpha by descending grad_alpha L_val(w - xi grad_w L_train(w, alpha), alpha)

@@ -69,6 +69,10 @@ class TrainModule(ResumableModule):
         self.train_metrics = EpochMetrics()
         self.val_metrics = EpochMetrics()
 
+    def operations(self) -> str:
+        """The genotype, in the official notation."""
+        return self.network.genotype.notation()
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of a batch, x [B, C, H, W] and y [B]."""
         x, y = batch

@@ -1,6 +1,8 @@
 """A run stopped at any point and resumed ends bit for bit like the run that was never stopped."""
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from pytorch_lightning.loggers.logger import Logger, rank_zero_experiment
 
 from dartsl.data import Digits
 from dartsl.errors import UserError
-from dartsl.genotype import published
+from dartsl.genotype import Genotype, published
 from dartsl.hypergradient import FirstOrder, Unrolled
 from dartsl.modules import SearchModule, TrainModule
 from dartsl.modules.schedule import cosine
@@ -25,16 +27,17 @@ SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=3e-4)
 SCHEDULE = partial(cosine, initial=0.1, final=0.001, num_epochs=EPOCHS)
 
 
-def search_module(hypergradient: Any = None) -> SearchModule:
+def search_module(hypergradient: Any = None, space: SearchSpace = SPACE) -> SearchModule:
     torch.manual_seed(1)
-    supernet = Supernet(SPACE, channels=4, num_cells=3, in_channels=1)
+    supernet = Supernet(space, channels=4, num_cells=3, in_channels=1)
     adam = partial(torch.optim.Adam, lr=0.1, betas=(0.5, 0.999))
     return SearchModule(supernet, hypergradient or FirstOrder(), SGD, adam, SCHEDULE)
 
 
-def train_module() -> TrainModule:
+def train_module(genotype: Genotype | None = None) -> TrainModule:
     torch.manual_seed(1)
-    network = FinalNetwork(published("darts_v2"), channels=4, num_cells=3, in_channels=1)
+    genotype = genotype or published("darts_v2")
+    network = FinalNetwork(genotype, channels=4, num_cells=3, in_channels=1)
     return TrainModule(network, SGD, SCHEDULE, drop_path_prob=0.5)
 
 
@@ -223,6 +226,33 @@ def test_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
     other = SearchModule(supernet, FirstOrder(), SGD, torch.optim.Adam, SCHEDULE)
     with pytest.raises(UserError, match=r"another network .* of another shape"):
         run(other, ckpt_path=tmp_path / "03-epoch.ckpt")
+
+
+def other_source(genotype: Genotype) -> Genotype:
+    """A genotype whose last normal edge comes from another node: all tensors are as they were."""
+    *edges, (primitive, source) = genotype.normal
+    return replace(genotype, normal=(*edges, (primitive, (source + 1) % 5)))
+
+
+def test_checkpoint_of_other_operations_is_refused_though_its_tensors_fit(tmp_path: Path) -> None:
+    searched, trained = tmp_path / "search", tmp_path / "train"
+    run(search_module(), folder=searched, max_epochs=1)
+    run(train_module(), folder=trained, max_epochs=1)
+    averages = replace(SPACE, primitives=("none", "avg_pool_3x3", "skip_connect", "sep_conv_3x3"))
+    sentence = r"it has the primitives none, max_pool_3x3, skip_connect, sep_conv_3x3\. Give the same"
+    with pytest.raises(UserError, match=sentence):
+        run(search_module(space=averages), ckpt_path=searched / "03-epoch.ckpt")
+    sentence = rf"it has {re.escape(published('darts_v2').notation())}\. Give the same genotype"
+    with pytest.raises(UserError, match=sentence):
+        other = train_module(other_source(published("darts_v2")))
+        run(other, ckpt_path=trained / "03-epoch.ckpt")
+
+    # Of before checkpoints kept it.
+    for path, make in ((searched, search_module), (trained, train_module)):
+        checkpoint = torch.load(path / "03-epoch.ckpt", weights_only=True)
+        del checkpoint["operations"]
+        torch.save(checkpoint, path / "old.ckpt")
+        run(make(), ckpt_path=path / "old.ckpt", max_epochs=2)
 
 
 def test_checkpoints_are_plain(tmp_path: Path) -> None:
