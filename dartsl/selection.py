@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dartsl.config import (
@@ -24,12 +25,13 @@ from dartsl.config import (
 )
 from dartsl.distributed import is_first_process
 from dartsl.errors import UserError, unknown
-from dartsl.files import CONFIG_FILE, whole_file
+from dartsl.files import CONFIG_FILE, RESULT_FILE, whole_file
 from dartsl.genotype import GENOTYPE_FILE, Genotype
 from dartsl.search_space import SearchSpace, random_genotype
 from dartsl.sweep import load_result, natural
 from dartsl.terminal import print_command
 
+TABLE_FILE = "table.csv"
 _LIKE_SIZE = 0.1  # of the parameters, by which a random cell's network may differ
 _MAX_DRAWS = 10_000
 # What the trainings of one selection have in common.
@@ -112,21 +114,52 @@ def check_numbers(cfg: DictConfig) -> None:
 def find_candidates(cfg: DictConfig) -> list[Candidate]:
     """The genotypes below `run_dir`, and `random_cells` random ones of like size.
 
+    What a search that has not ended holds is no result, and takes no part.
+
     Raises:
         UserError: where there is no genotype.
     """
     run_dir = Path(cfg.run_dir)
-    paths = sorted(run_dir.glob(f"*/{GENOTYPE_FILE}"), key=lambda path: natural(path.parent))
-    paths = [path for path in paths if path.parent != Path(cfg.output_dir)]
-    if not paths:
-        paths = [path for path in [run_dir / GENOTYPE_FILE] if path.is_file()]
-    if not paths:
+    searches = sorted(filter(_is_search, run_dir.glob("*")), key=natural)
+    searches = searches or list(filter(_is_search, [run_dir]))
+    ended = [folder for folder in searches if _has_ended(folder)]
+    for folder in searches:
+        if folder not in ended:
+            print(f"Left out: {relative(folder)}, a search that has not ended")
+    if not ended:
         raise UserError(
             f"No genotype in {run_dir}: run_dir is the folder of a sweep of searches, "
             f"run_dir/<job>/{GENOTYPE_FILE}."
         )
-    found = [_candidate(cfg, path.parent.name, Genotype.load(path)) for path in paths]
-    return found + random_candidates(cfg, found)
+    found = [
+        _candidate(cfg, folder.resolve().name, Genotype.load(folder / GENOTYPE_FILE))
+        for folder in ended
+    ]
+    if cfg.random_cells:
+        found += random_candidates(cfg, found, _search_space(ended[0], found[0].genotype))
+    return found
+
+
+def _is_search(folder: Path) -> bool:
+    """Whether a folder holds a search's genotype, not that of a training or of a selection."""
+    if not (folder / GENOTYPE_FILE).is_file() or (folder / TABLE_FILE).exists():
+        return False
+    kept = folder / CONFIG_FILE
+    return not kept.is_file() or OmegaConf.load(kept).get("task") == "search"
+
+
+def _has_ended(folder: Path) -> bool:
+    # Without a config it is a genotype that somebody has put there.
+    return not (folder / CONFIG_FILE).is_file() or (folder / RESULT_FILE).is_file()
+
+
+def _search_space(folder: Path, genotype: Genotype) -> SearchSpace:
+    """The space that a genotype was found in; that of DARTS where nothing says which."""
+    kept = folder / CONFIG_FILE
+    node = OmegaConf.load(kept).get("search_space") if kept.is_file() else None
+    if node is not None:
+        return instantiate(node)
+    return SearchSpace(num_intermediate_nodes=len(genotype.normal) // 2)
 
 
 def _candidate(cfg: DictConfig, name: str, genotype: Genotype) -> Candidate:
@@ -136,7 +169,9 @@ def _candidate(cfg: DictConfig, name: str, genotype: Genotype) -> Candidate:
     return Candidate(name, genotype, num_parameters, Path(cfg.output_dir) / name)
 
 
-def random_candidates(cfg: DictConfig, found: Sequence[Candidate]) -> list[Candidate]:
+def random_candidates(
+    cfg: DictConfig, found: Sequence[Candidate], space: SearchSpace
+) -> list[Candidate]:
     """The first `random_cells` of seeds 0, 1, 2, ... whose networks are as large as those found.
 
     Raises:
@@ -144,7 +179,6 @@ def random_candidates(cfg: DictConfig, found: Sequence[Candidate]) -> list[Candi
     """
     sizes = [candidate.num_parameters for candidate in found]
     smallest, largest = min(sizes) * (1 - _LIKE_SIZE), max(sizes) * (1 + _LIKE_SIZE)
-    space = SearchSpace(num_intermediate_nodes=len(found[0].genotype.normal) // 2)
     candidates: list[Candidate] = []
     for seed in range(_MAX_DRAWS):
         if len(candidates) >= cfg.random_cells:
@@ -214,7 +248,7 @@ def report(
     folder = Path(cfg.output_dir)
     ranking = sorted(accuracies, key=lambda c: (-accuracies[c], c.is_random, c.num_parameters))
     rows = [table_row(place + 1, c, accuracies[c]) for place, c in enumerate(ranking)]
-    write_csv(folder / "table.csv", rows)
+    write_csv(folder / TABLE_FILE, rows)
     table = markdown(rows)
     with whole_file(folder / "table.md") as part:
         part.write_text(table, encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -9,7 +10,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 
 from dartsl.genotype import Genotype, published
-from dartsl.selection import Candidate, training_of
+from dartsl.search_space import SearchSpace, random_genotype
+from dartsl.selection import Candidate, find_candidates, training_of
 from tests.test_run import (  # noqa: F401
     CONF,
     SMALL_TRAIN,
@@ -127,7 +129,56 @@ def test_a_training_that_ends_before_it_is_validated(
         assert last.startswith("Error: The training of 0 has ended before it was validated")
 
 
-# The command, and below it what the sentence says.
+def keep(folder: Path, cell: str, config: dict[str, Any] | None, ended: bool = True) -> None:
+    """What a run leaves in its folder."""
+    published(cell).save(folder / "genotype.yaml")
+    if config is not None:
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    if ended:
+        (folder / "result.yaml").write_text("val_accuracy: 0.5\n")
+
+
+def candidates(tmp_path: Path, *overrides: str) -> list[Candidate]:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        small = ["network.channels=4", "network.num_cells=3", f"output_dir={tmp_path}/select"]
+        return find_candidates(compose("config", ["experiment=select_digits", *small, *overrides]))
+
+
+def test_only_searches_that_have_ended_take_part(tmp_path: Path, capsys) -> None:
+    """Neither trainings nor another selection, nor what was found before a search died."""
+    for name in ("0", "1"):
+        keep(tmp_path / name, "darts_v1", {"task": "search"})
+    keep(tmp_path / "2", "darts_v1", {"task": "search"}, ended=False)
+    keep(tmp_path / "by_hand", "darts_v2", None, ended=False)
+    keep(tmp_path / "train", "darts_v2", {"task": "train"})
+    keep(tmp_path / "select", "darts_v2", {"task": "train"})
+    (tmp_path / "select" / "table.csv").write_text("")
+    keep(tmp_path / "another", "darts_v2", None)
+    (tmp_path / "another" / "table.csv").write_text("")
+    found = candidates(tmp_path, f"run_dir={tmp_path}")
+    assert [each.name for each in found] == ["0", "1", "by_hand"]
+    assert capsys.readouterr().out == f"Left out: {tmp_path}/2, a search that has not ended\n"
+
+
+def test_a_single_search_has_the_name_of_its_folder(tmp_path: Path, monkeypatch) -> None:
+    keep(tmp_path / "found", "darts_v1", {"task": "search"})
+    monkeypatch.chdir(tmp_path / "found")
+    (found,) = candidates(tmp_path, "run_dir=.")
+    assert found.name == "found"
+
+
+def test_random_cells_are_of_the_space_that_was_searched(tmp_path: Path) -> None:
+    primitives = ["none", "skip_connect", "sep_conv_3x3", "dil_conv_3x3"]
+    space = {"_target_": "dartsl.search_space.SearchSpace", "primitives": primitives}
+    genotype = random_genotype(SearchSpace(tuple(primitives), 3), 9)
+    config = {"task": "search", "search_space": space | {"num_intermediate_nodes": 3}}
+    keep(tmp_path / "0", "darts_v1", config)
+    genotype.save(tmp_path / "0" / "genotype.yaml")
+    _, *drawn = candidates(tmp_path, f"run_dir={tmp_path}", "random_cells=8")
+    assert set().union(*(each.genotype.primitives for each in drawn)) == set(primitives[1:])
+    assert all(len(each.genotype.normal) == 6 for each in drawn)
+
+
 def test_its_trainings_are_no_trainings_to_weights_and_biases(tmp_path: Path) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         overrides = ["experiment=select_digits", "logger=wandb", "run_dir=searches"]
@@ -140,6 +191,7 @@ def test_its_trainings_are_no_trainings_to_weights_and_biases(tmp_path: Path) ->
     assert cfg.logger.wandb.job_type == "select"  # its own, by its task
 
 
+# What is added to the command, and what the sentence says.
 MISTAKES = {
     ("run_dir=nowhere",): "No genotype in nowhere: run_dir is the folder of a sweep of searches",
     (): "The command lacks run_dir=...",
