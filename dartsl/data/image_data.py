@@ -30,7 +30,7 @@ from dartsl.data.loaders import (
     WorkerSource,
     batch_sizes,
 )
-from dartsl.data.split import official_halves, stratified_halves
+from dartsl.data.split import official_halves, stratified_halves, stratified_part
 from dartsl.errors import UserError, unknown
 
 TASKS = ("search", "train")
@@ -70,7 +70,7 @@ class ImageDataModule(LightningDataModule):
         in_memory_limit: a set of at most this many bytes as uint8 is held on the training device
             and augmented there.
         max_images: at most this many images of either half are used, the same fraction of every
-            class; for trying things out.
+            class, but one of each at least; for trying things out.
 
     Raises:
         UserError: for arguments that do not fit each other (at once) or the images (in `setup`).
@@ -127,6 +127,7 @@ class ImageDataModule(LightningDataModule):
         self._sources: dict[str, Source] = {}
         self._train_loader: BatchLoader | PairedLoader | None = None
         self._step = 0
+        self._epoch_length: int | None = None  # of the run that goes on
 
     @abstractmethod
     def load(self) -> tuple[ImageSet, ImageSet]:
@@ -154,7 +155,7 @@ class ImageDataModule(LightningDataModule):
             self._images = {"train": train, "test": test}
         if stage in ("fit", None):
             self._train_loader = None
-            self._step = 0
+            self._step, self._epoch_length = 0, None
 
     # ---- loaders --------------------------------------------------------------------------------
 
@@ -165,7 +166,7 @@ class ImageDataModule(LightningDataModule):
         """
         if self._train_loader is None:
             self._train_loader = self._make_train_loader()
-            self._train_loader.load_state_dict({"step": self._step})
+            self._go_on(self._train_loader)
         return self._train_loader
 
     def val_dataloader(self) -> EvaluationLoader:
@@ -181,11 +182,16 @@ class ImageDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, int]:
         """The number of training batches handed out; part of every Lightning checkpoint.
 
-        With a trainer also their size, over all processes, as a step number means nothing without.
+        With a trainer also their size, over all processes, and the batches of an epoch, as a step
+        number means nothing without.
         """
         loader = self._train_loader
         state = {"step": self._step} if loader is None else loader.state_dict()
-        return state if self.trainer is None else state | {"batch_size": self._global_batch_size()}
+        if self.trainer is not None:
+            state["batch_size"] = self._global_batch_size()
+            if loader is not None:
+                state["epoch_length"] = loader.epoch_length
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from a saved step.
@@ -193,7 +199,7 @@ class ImageDataModule(LightningDataModule):
         Lightning restores a loader's own state only within an epoch; this one always.
 
         Raises:
-            UserError: for a step of batches of another size.
+            UserError: for a step of batches of another size, or of epochs of another length.
         """
         saved, size = state_dict.get("batch_size"), self._global_batch_size()
         if saved not in (None, size):
@@ -203,8 +209,19 @@ class ImageDataModule(LightningDataModule):
                 "be what it was."
             )
         self._step = int(state_dict["step"])
+        self._epoch_length = state_dict.get("epoch_length")
         if self._train_loader is not None:
-            self._train_loader.load_state_dict(state_dict)
+            self._go_on(self._train_loader)
+
+    def _go_on(self, loader: BatchLoader | PairedLoader) -> None:
+        """Have a loader begin with the restored step."""
+        if self._epoch_length not in (None, loader.epoch_length):
+            raise UserError(
+                f"The checkpoint is of a run with epochs of {self._epoch_length} batches, these "
+                f"are of {loader.epoch_length}: the images, data.max_images and "
+                "trainer.limit_train_batches must be what they were."
+            )
+        loader.load_state_dict({"step": self._step})
 
     def _make_train_loader(self) -> BatchLoader | PairedLoader:
         source = self._source("train")
@@ -287,8 +304,7 @@ class ImageDataModule(LightningDataModule):
     def _at_most(self, indices: np.ndarray, labels: np.ndarray) -> np.ndarray:
         if self.max_images is None or len(indices) <= self.max_images:
             return indices
-        fraction = self.max_images / len(indices)
-        return indices[stratified_halves(labels[indices], fraction, self.seed)[0]]
+        return indices[stratified_part(labels[indices], self.max_images, self.seed)]
 
     def _check_arguments(self) -> None:
         for kind, value, choices in (

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dartsl.data.split import official_halves, stratified_halves
+from dartsl.data.split import official_halves, stratified_halves, stratified_part
 from dartsl.errors import UserError
 
 SORTED = np.repeat(np.arange(5), [2, 3, 10, 11, 50])  # as an image folder lists them
@@ -26,6 +26,23 @@ def test_split_is_a_function_of_the_seed() -> None:
     first, _ = stratified_halves(SORTED, 0.5, seed=0)
     assert np.array_equal(first, stratified_halves(SORTED, 0.5, seed=0)[0])
     assert not np.array_equal(first, stratified_halves(SORTED, 0.5, seed=1)[0])
+
+
+@pytest.mark.parametrize("most", [2, 5, 6, 7, 20, 41, 75])
+def test_a_part_is_no_larger_than_asked_for_and_holds_every_class(most: int) -> None:
+    labels = np.append(SORTED, 5)  # a class of one image
+    part = stratified_part(labels, most, seed=0)
+    assert len(np.unique(part)) == len(part) <= max(most, 6)
+    assert np.array_equal(np.unique(labels[part]), np.arange(6))
+
+
+def test_a_part_is_the_first_half_of_the_same_fraction() -> None:
+    labels = np.repeat(np.arange(4), 50)
+    half, _ = stratified_halves(labels, 0.3, seed=7)
+    assert np.array_equal(stratified_part(labels, 60, seed=7), half)
+    # Where rounding takes too many, the largest class gives way.
+    assert np.bincount(labels[stratified_part(labels, 63, seed=7)]).tolist() == [15, 16, 16, 16]
+    assert np.bincount(SORTED[stratified_part(SORTED, 9, seed=0)]).tolist() == [1, 1, 1, 1, 5]
 
 
 def test_class_of_one_image_is_an_error() -> None:

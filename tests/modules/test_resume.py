@@ -255,6 +255,17 @@ def test_checkpoint_of_other_operations_is_refused_though_its_tensors_fit(tmp_pa
         run(make(), ckpt_path=path / "old.ckpt", max_epochs=2)
 
 
+@pytest.mark.parametrize("make", [search_module, train_module])
+def test_epochs_of_another_length_are_refused(
+    tmp_path: Path, make: Callable[[], pl.LightningModule]
+) -> None:
+    """Whose end the step of the checkpoint would miss."""
+    run(make(), folder=tmp_path, max_epochs=1)
+    for name in ("02-batch", "03-epoch"):
+        with pytest.raises(UserError, match="epochs of 3 batches, these are of 2: the images"):
+            run(make(), ckpt_path=tmp_path / f"{name}.ckpt", limit_train_batches=2)
+
+
 def test_checkpoints_are_plain(tmp_path: Path) -> None:
     """`weights_only=True` reads them: nothing in them is ever executed."""
     run(search_module(), folder=tmp_path, max_epochs=1)
