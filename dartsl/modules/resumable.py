@@ -4,8 +4,9 @@
 * The learning rate is a function of the epoch, set before each batch.
 * Epoch metrics are part of the state_dict.
 * What a checkpoint holds in float64 is restored in float64.
-* A checkpoint saved on an epoch's last batch still runs that epoch's validation and end, and one
-  saved where max_steps ended a run within an epoch goes on with that epoch.
+* A checkpoint saved on a batch still runs the validation that is due after it, and on an epoch's
+  last batch that epoch's end; one saved where max_steps ended a run within an epoch goes on with
+  that epoch.
 * A checkpoint of another network ends in one sentence.
 
 And a step whose gradients are not finite is skipped; a run of such steps ends.
@@ -82,7 +83,7 @@ class ResumableModule(pl.LightningModule):
         self.step_seed: int | None = None
         self.finite_steps: list[FiniteSteps] = []  # of every optimizer, in their order
         self._checkpoint: dict[str, Any] = {}  # what on_fit_start takes from it
-        self._epoch_end_pending = False
+        self._batch_end_pending = False
 
     def setup(self, stage: str) -> None:
         """Take the run's precision; Lightning does so only after it has restored a checkpoint."""
@@ -100,6 +101,12 @@ class ResumableModule(pl.LightningModule):
         """Whether every batch of the epoch was trained on (not so when max_steps ends a run)."""
         return self.trainer.fit_loop.epoch_loop._num_ready_batches_reached()
 
+    def validation_is_due(self) -> bool:
+        """Whether a validation follows the batch in hand."""
+        fit_loop = self.trainer.fit_loop
+        fetcher = fit_loop._data_fetcher
+        return fetcher is not None and fit_loop.epoch_loop._should_check_val_fx(fetcher)
+
     def on_fit_start(self) -> None:
         """Take the seed of all steps from the global one, once in a run's life; take up counts."""
         if self.step_seed is None:
@@ -113,14 +120,14 @@ class ResumableModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Go straight to an epoch's end where a checkpoint was saved on its last batch."""
-        data_fetcher = self.trainer.fit_loop._data_fetcher
-        assert data_fetcher is not None
-        epoch_loop = self.trainer.fit_loop.epoch_loop
-        if self._epoch_end_pending and not epoch_loop._should_check_val_fx(data_fetcher):
+        at_epoch_end = self._batch_end_pending and self.epoch_is_complete()
+        if at_epoch_end and not self.validation_is_due():
             # Without a validation to go back to, Lightning would train on one more batch instead.
+            data_fetcher = self.trainer.fit_loop._data_fetcher
+            assert data_fetcher is not None
             data_fetcher.done = True
-            epoch_loop._batches_that_stepped += 1  # x axis of what is logged
-        self._epoch_end_pending = False
+            self.trainer.fit_loop.epoch_loop._batches_that_stepped += 1  # x axis of what is logged
+        self._batch_end_pending = False
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Set the epoch's learning rate, and the seed of this step's random numbers."""
@@ -172,6 +179,7 @@ class ResumableModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the steps' seed and counts, what was logged, and the metrics of all processes."""
         checkpoint["operations"] = self.operations()
+        checkpoint["validation_is_due"] = self.validation_is_due()
         checkpoint["step_seed"] = self.step_seed
         checkpoint["skipped_steps"] = [steps.state_dict() for steps in self.finite_steps]
         logged = sorted(self.trainer.callback_metrics.items())
@@ -205,7 +213,8 @@ class ResumableModule(pl.LightningModule):
         loops = checkpoint.get("loops", {}).get("fit_loop")
         if loops is not None:
             reopen_epoch(loops)
-            self._epoch_end_pending = mark_epoch_end_as_pending(loops)
+            validates = checkpoint.get("validation_is_due", False)
+            self._batch_end_pending = mark_batch_end_as_pending(loops, validates)
 
     def epoch_metrics(self, checkpoint: dict[str, Any]) -> dict[str, Tensor]:
         """The states of the metrics in a checkpoint, which are sums over examples."""
@@ -298,23 +307,24 @@ def reopen_epoch(loops: dict[str, Any]) -> None:
     loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
 
 
-def mark_epoch_end_as_pending(loops: dict[str, Any]) -> bool:
-    """Make Lightning finish the epoch of a checkpoint saved in its last `on_train_batch_end`.
+def mark_batch_end_as_pending(loops: dict[str, Any], validation_is_due: bool) -> bool:
+    """Make Lightning do what follows a batch in whose `on_train_batch_end` a checkpoint was saved.
 
-    Lightning takes such an epoch for finished and never runs its validation and end. In the
-    record written here all batches are trained and validation has been begun, of which it goes
-    back to the first batch.
+    Lightning takes the validation that is due there for done, and an epoch of which it was the last
+    batch for finished. In the record written here the batch is trained and a validation has been
+    begun, of which it goes back to the first batch.
 
     Args:
         loops: the fit loop's state in a checkpoint; changed in place.
+        validation_is_due: after the batch; not needed at an epoch's end.
 
     Returns:
-        Whether the checkpoint was saved there.
+        Whether there is anything that follows.
     """
     batches = loops["epoch_loop.batch_progress"]
     total = batches["total"]
     in_batch_end = total["processed"] == total["ready"] == total["completed"] + 1
-    if not (in_batch_end and batches["is_last_batch"]):
+    if not (in_batch_end and (batches["is_last_batch"] or validation_is_due)):
         return False
     for count in (batches["total"], batches["current"]):
         count["completed"] = count["processed"]

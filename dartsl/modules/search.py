@@ -186,8 +186,8 @@ class SearchModule(ResumableModule):
         return [weights, make_optimizer(self.arch_optimizer, alphas, "alpha")]
 
     def on_train_start(self) -> None:
-        """Enter the stage of an epoch of which a resumed run has no batch left, only its end."""
-        if self._epoch_end_pending:
+        """Enter the stage of what a resumed run does before its next batch."""
+        if self._batch_end_pending:
             self.enter_stage()
         super().on_train_start()
 

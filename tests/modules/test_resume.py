@@ -139,6 +139,7 @@ VALIDATIONS = {
     "no_validation": ({"limit_val_batches": 0}, 0),
     "validation_of_every_second_epoch": ({"check_val_every_n_epoch": 2}, 1),
     "validation_within_epochs": ({"val_check_interval": 2}, 3),
+    "validation_after_every_batch": ({"val_check_interval": 1}, 9),
 }
 
 
@@ -168,6 +169,13 @@ def check_logged_once(path: Path, whole: Rows, resumed: Rows) -> None:
     expected = EPOCHS - (step - 1) // 3
     assert len(ends) == EPOCHS
     assert len(ends_resumed) == expected, path.stem
+    if "batch" in path.stem:  # a validation that is due there has not begun
+        validated, again = ([row for row in rows if is_validation(row)] for rows in (whole, resumed))
+        assert again == [row for row in validated if row[0] is not None and row[0] >= step - 1]
+
+
+def is_validation(row: tuple[int | None, dict[str, float]]) -> bool:
+    return any(name.endswith("val_loss") for name in row[1])
 
 
 @pytest.mark.parametrize("make", [search_module, train_module])
