@@ -152,13 +152,13 @@ class ArchitectureLogger(pl.Callback):
                 "alpha/", {"genotype_distance": float(genotype.distance(self.last))}
             )
         self.last = genotype
-        if self.draws(trainer):
+        if self.draws(trainer, pl_module):
             self.log_pictures(trainer, genotype, supernet)
 
-    def draws(self, trainer: pl.Trainer) -> bool:
+    def draws(self, trainer: pl.Trainer, module: SearchModule) -> bool:
         """Whether pictures of this epoch are wanted, and somebody takes them."""
         done, every = trainer.current_epoch + 1, self.pictures_every_n_epochs
-        wanted = every > 0 and (done % every == 0 or done == trainer.max_epochs)
+        wanted = every > 0 and (done % every == 0 or done == module.num_epochs())
         return wanted and trainer.is_global_zero and any(map(takes_pictures, trainer.loggers))
 
     def log_pictures(self, trainer: pl.Trainer, genotype: Genotype, supernet: Supernet) -> None:
@@ -255,6 +255,7 @@ class EpochLines(pl.Callback):
         """Print what was logged of the epoch that ended, once."""
         if self.epoch is None or not trainer.is_global_zero:
             return
+        assert isinstance(pl_module, ResumableModule)
         metrics = {
             name.split("/")[1]: value.item()
             for name, value in trainer.callback_metrics.items()
@@ -262,7 +263,7 @@ class EpochLines(pl.Callback):
         }
         genotype = pl_module.genotype() if isinstance(pl_module, SearchModule) else None
         console = self.console or rich.get_console()
-        print_epoch(console, self.epoch + 1, trainer.max_epochs, metrics, genotype)
+        print_epoch(console, self.epoch + 1, pl_module.num_epochs(), metrics, genotype)
         self.epoch = None
 
 
@@ -318,9 +319,10 @@ class Progress(pl.callbacks.ProgressBar):
         """Show how many epochs are done, and the present one's share."""
         if self.bars is None:
             return
-        most = trainer.max_epochs
-        whole = most if most is not None and most > 0 else None
         if self.epochs is None:
+            module = trainer.lightning_module
+            assert isinstance(module, ResumableModule)
+            whole = module.num_epochs()
             self.epochs = self.bars.add_task("Epochs", total=whole, completed=trainer.current_epoch)
         steps = trainer.num_training_batches + sum(trainer.num_val_batches)
         share = (trained + validated) / steps if math.isfinite(steps) else 0.0

@@ -45,7 +45,7 @@ def bars(console: Console) -> Progress:
 def print_epoch(
     console: Console,
     epoch: int,
-    num_epochs: int | None,
+    num_epochs: int,
     metrics: Mapping[str, float],
     genotype: Genotype | None = None,
 ) -> None:
@@ -74,7 +74,7 @@ def print_epoch(
         console.print(Padding(Text(text, style="dim"), (0, 0, 0, _INDENT)))
 
 
-def plain_line(epoch: int, num_epochs: int | None, metrics: Mapping[str, float]) -> str:
+def plain_line(epoch: int, num_epochs: int, metrics: Mapping[str, float]) -> str:
     """An epoch for a program: loss and accuracy of both halves, and the learning rate."""
     parts = [f"epoch {epoch:>3}/{num_epochs}"]
     for half in halves(metrics):

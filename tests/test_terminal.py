@@ -112,6 +112,11 @@ def test_a_program_reads_one_plain_line_an_epoch(
     assert all(re.fullmatch(pattern, line) for line in lines)
 
 
+def test_a_run_of_so_many_steps_counts_its_epochs(capsys: pytest.CaptureFixture[str]) -> None:
+    search(EpochLines(), max_epochs=-1, max_steps=5)  # three are an epoch
+    assert re.findall(r"epoch +(\d/.+?) ", capsys.readouterr().out) == ["1/2"]
+
+
 def test_a_program_reads_the_end(capsys: pytest.CaptureFixture[str]) -> None:
     path = "long/" * 50 + "genotype.yaml"
     print_summary("The search", {"Genotype": path})

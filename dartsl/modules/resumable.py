@@ -12,6 +12,7 @@
 And a step whose gradients are not finite is skipped; a run of such steps ends.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self, cast
 
@@ -96,6 +97,13 @@ class ResumableModule(pl.LightningModule):
     def operations(self) -> str:
         """What the network's tensors do not tell: which operations they belong to."""
         return ""
+
+    def num_epochs(self) -> int:
+        """Epochs of the run, from max_epochs or else from max_steps."""
+        trainer = self.trainer
+        if trainer.max_epochs is not None and trainer.max_epochs > 0:
+            return trainer.max_epochs
+        return max(1, math.ceil(trainer.max_steps / trainer.num_training_batches))
 
     def epoch_is_complete(self) -> bool:
         """Whether every batch of the epoch was trained on (not so when max_steps ends a run)."""

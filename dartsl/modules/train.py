@@ -123,13 +123,6 @@ class TrainModule(ResumableModule):
         """Drop path's probability in this epoch."""
         return self.drop_path_prob * self.current_epoch / self.num_epochs()
 
-    def num_epochs(self) -> int:
-        """Epochs of this training, from max_epochs or else from max_steps."""
-        trainer = self.trainer
-        if trainer.max_epochs is not None and trainer.max_epochs > 0:
-            return trainer.max_epochs
-        return max(1, math.ceil(trainer.max_steps / trainer.num_training_batches))
-
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss and accuracy in evaluation mode."""
         x, y = batch
