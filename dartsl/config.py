@@ -259,6 +259,11 @@ def find_mistake(error: BaseException | None, groups: Collection[str]) -> UserEr
     if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
         name = "" if error.filename is None else f" {str(error.filename)!r}"
         return UserError(f"Cannot use the file or folder{name}: {error.strerror}.")
+    if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
+        return UserError(
+            "BatchNorm has nothing to normalise in a batch of one image whose maps are one pixel: "
+            "set data.batch_size to at least 2 or, of a training, network.auxiliary=false."
+        )
     if isinstance(error, MisconfigurationException):  # Lightning's word for a mistake
         return UserError(" ".join(str(error).split()))
     if isinstance(error, MissingConfigException) and error.missing_cfg_file in EXTRAS:
@@ -397,10 +402,12 @@ def kept_overrides(given: Iterable[str] | None = None) -> list[str]:
 
 
 def command(*overrides: str) -> str:
-    """A command to type; names the interpreter where it is one of this folder."""
+    """A command to type here; names the interpreter where it is one of this folder."""
     interpreter = relative(sys.executable)
     python = "python" if Path(interpreter).is_absolute() else interpreter
-    return shlex.join([python, "run.py", *overrides])
+    started = relative(sys.argv[0])  # of a launcher's process something else
+    script = started if Path(started).name == "run.py" else "run.py"
+    return shlex.join([python, script, *overrides])
 
 
 def quote(path: str | Path) -> str:

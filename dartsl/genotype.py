@@ -87,11 +87,9 @@ class Genotype:
         Raises:
             UserError: where the text holds no genotype, or different ones of several names.
         """
-        if len(text) > _MAX_TEXT:
-            raise UserError(f"A genotype is at most {_MAX_TEXT:,} characters, not {len(text):,}.")
         starts = {call[1]: call.end() for call in _CALL.finditer(text)}  # the last of each name
         named = {
-            name: cls._read(f"Genotype({text[start:]}", _read_call)
+            name: cls._read(f"Genotype({text[start : start + _MAX_TEXT]}", _read_call)
             for name, start in starts.items()
         }
         different = len(set(named.values()))
@@ -101,7 +99,11 @@ class Genotype:
                 f"There are {different} different genotypes ({_shorten(names)}); give a file with "
                 "the one that is meant."
             )
-        return next(iter(named.values())) if named else cls._read(text, yaml.safe_load)
+        if named:
+            return next(iter(named.values()))
+        if len(text) > _MAX_TEXT:  # a log may have more
+            raise UserError(f"A genotype is at most {_MAX_TEXT:,} characters, not {len(text):,}.")
+        return cls._read(text, yaml.safe_load)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -8,7 +8,7 @@ import csv
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hydra.utils import instantiate
@@ -144,22 +144,26 @@ def _is_search(folder: Path) -> bool:
     """Whether a folder holds a search's genotype, not that of a training or of a selection."""
     if not (folder / GENOTYPE_FILE).is_file() or (folder / TABLE_FILE).exists():
         return False
-    kept = folder / CONFIG_FILE
-    return not kept.is_file() or OmegaConf.load(kept).get("task") == "search"
+    config = _config(folder)
+    return config is None or config.get("task") == "search"
 
 
 def _has_ended(folder: Path) -> bool:
-    # Without a config it is a genotype that somebody has put there.
-    return not (folder / CONFIG_FILE).is_file() or (folder / RESULT_FILE).is_file()
+    return (folder / RESULT_FILE).is_file() or _config(folder) is None
 
 
 def _search_space(folder: Path, genotype: Genotype) -> SearchSpace:
     """The space that a genotype was found in; that of DARTS where nothing says which."""
-    kept = folder / CONFIG_FILE
-    node = OmegaConf.load(kept).get("search_space") if kept.is_file() else None
-    if node is not None:
-        return instantiate(node)
-    return SearchSpace(num_intermediate_nodes=len(genotype.normal) // 2)
+    config = _config(folder)
+    if config is None or config.get("search_space") is None:
+        return SearchSpace(num_intermediate_nodes=len(genotype.normal) // 2)
+    return instantiate(config.search_space)
+
+
+def _config(folder: Path) -> DictConfig | None:
+    """That of a folder's run; None where somebody has put a genotype there."""
+    path = folder / CONFIG_FILE
+    return cast(DictConfig, OmegaConf.load(path)) if path.is_file() else None
 
 
 def _candidate(cfg: DictConfig, name: str, genotype: Genotype) -> Candidate:

@@ -192,6 +192,16 @@ def test_of_the_log_of_a_search_the_last_one_counts(line) -> None:
     )
 
 
+def test_the_log_of_a_whole_search() -> None:
+    """Of 50 epochs, with 8 steps and both alphas of each."""
+    row = "        [0.1250, 0.1251, 0.1249, 0.1250, 0.1250, 0.1250, 0.1250, 0.1250],\n"
+    step = "11/05 03:11:36 PM train 050 2.302585e+00 10.000000 50.000000\n"
+    epoch = f"11/05 03:11:35 PM genotype = {{}}\ntensor([{28 * row}])\n{8 * step}"
+    log = 49 * epoch.format(DARTS_V1) + epoch.format(DARTS_V2)
+    assert len(log) > 150_000
+    assert Genotype.parse(log) == published("darts_v2")
+
+
 def test_the_last_one_of_a_log_is_whole() -> None:
     with pytest.raises(UserError, match="No genotype in"):
         Genotype.parse(f"genotype = {DARTS_V1}\ngenotype = {DARTS_V2[:99]}")
@@ -278,8 +288,15 @@ def test_another_target_is_refused() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["Genotype(" * 5_000, "Genotype(" + "(" * 30_000 + ")" * 30_001, "[" * 50_000, "a" * 100_001],
-    ids=["calls", "parentheses", "brackets", "too long"],
+    [
+        "Genotype(" * 5_000,
+        "Genotype(" + "(" * 30_000 + ")" * 30_001,
+        "[" * 50_000,
+        "a" * 100_001,
+        "".join(f"a{i} = Genotype(\n" for i in range(100_000)),
+        "Genotype(" + " " * 2_000_000,
+    ],
+    ids=["calls", "parentheses", "brackets", "too long", "names", "never closed"],
 )
 def test_texts_made_to_exhaust_the_reader_are_refused(text) -> None:
     with pytest.raises(UserError) as caught:

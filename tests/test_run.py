@@ -225,7 +225,7 @@ def test_search_then_train_then_evaluate(command: Command) -> None:
     # The command that the search names, as it names it, but shorter.
     following = searched.out.split("Next:")[1].strip().splitlines()[0]
     arguments = shlex.split(following)
-    assert arguments[1] == "run.py"
+    assert Path(arguments[1]) == ROOT / "run.py"  # as it was called from elsewhere
     assert "experiment=train_digits" in arguments
     trained = command(*arguments[2:], "data.max_images=60", "trainer.max_epochs=2")
     assert trained.code == 0, trained.error
@@ -605,6 +605,14 @@ def test_a_mistake_ends_in_one_sentence(arguments: str, sentence: str, command: 
     assert sentence in last
     assert "Traceback" not in result.error + result.out
     assert not list(Path.cwd().rglob("genotype*.yaml"))
+
+
+def test_batches_of_one_image_for_the_auxiliary_head(command: Command) -> None:
+    small = ("network.channels=4", "network.num_cells=3", "data.batch_size=1")
+    result = command("experiment=train_final", "genotype=darts_v1", "data=digits", *small)
+    assert result.code == 1
+    last = result.error.strip().splitlines()[-1]
+    assert last.startswith("Error: BatchNorm has nothing to normalise in a batch of one image")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -27,7 +27,8 @@ from dartsl.sweep import (
 )
 from tests.test_distributed import command
 
-CONF = Path(__file__).parents[1] / "conf"
+ROOT = Path(__file__).parents[1]
+CONF = ROOT / "conf"
 SEARCH = ("experiment=search_digits", "data.max_images=20", "trainer.max_epochs=1",
           "data.batch_size=8", "supernet.channels=4", "print_config=false")  # fmt: skip
 
@@ -163,7 +164,7 @@ def test_a_sweep_by_each_launcher(launcher: tuple[str, ...], tmp_path: Path) -> 
     assert [failed["job"] for failed in summary["failed"]] == ["2"]
     for job in ("0", "1"):
         assert len(Genotype.load(tmp_path / "here" / job / "genotype.yaml").normal) == 8
-    assert "Next: python run.py experiment=select_digits" in done.stdout
+    assert f"Next: python {ROOT / 'run.py'} experiment=select_digits" in done.stdout
     assert own_lines(done.stdout).endswith("run_dir=here")
 
 
@@ -230,7 +231,7 @@ def test_optuna_is_refused_before_any_job(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_torchrun_and_slurm_start_the_processes_of_one_run(tmp_path: Path) -> None:
     """With `hardware=multi_node`: both find the same, and all processes write into one folder."""
-    run = [str(Path(__file__).parents[1] / "run.py"), *SEARCH, "print_config=false"]
+    run = [str(ROOT / "run.py"), *SEARCH, "print_config=false"]
     cpu = ["hardware=multi_node", "trainer.accelerator=cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -21,9 +21,10 @@ PIL_MODES = {1: "L", 3: "RGB"}
 """The number of channels of an image file -> how Pillow calls it."""
 
 # What Pillow raises for a broken file, one of another kind, and one of absurdly many pixels.
-_BROKEN_FILE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+_BROKEN_FILE = (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError)
 # Where Pillow's mode of 32-bit integers, "I", is of 16 bits: all PPM files, PNG until Pillow 10.3.
 _16_BITS_AS_32 = ("PNG", "PPM")
+_BITS_PER_SAMPLE = 258  # the number of a TIFF's tag
 _DECODING_THREADS = 8
 _DECODING_PART = 256  # images that a thread takes at a time
 _LARGE_FILE_BYTES = 16 * 1024
@@ -170,7 +171,8 @@ def _of_8_bits(file: Image.Image, path: Path) -> Image.Image:
     if not file.mode.startswith("I"):
         return file
     file.load()
-    return Image.fromarray((np.asarray(file) / 257).round().astype(np.uint8))  # 65535 = 257 * 255
+    (bits,) = getattr(file, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))  # of a TIFF perhaps 12
+    return Image.fromarray((np.asarray(file) * (255 / (2**bits - 1))).round().astype(np.uint8))
 
 
 def _resize_centre_crop(image: Image.Image, size: int) -> Image.Image:

@@ -1,5 +1,6 @@
 """Folders of images as people have them."""
 
+import struct
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from dartsl.data import ImageFolder, count_classes
+from dartsl.data.images import decode
 from dartsl.errors import UserError
 
 CIFAR10_JPEG = Path(__file__).parents[3] / "shared" / "data" / "cifar10_jpeg.tar.xz"
@@ -113,6 +115,40 @@ def test_16_bits_become_8(tmp_path: Path, channels: int, limit: int, workers: in
     (x, _), *_ = ready(tmp_path, **options, **where, **alike).train_dataloader()
     expected = np.floor(grey / 65535 * 255 + 0.5) / 255
     np.testing.assert_allclose(x, np.broadcast_to(expected, (4, channels, 8, 8)), atol=1e-6)
+
+
+def tiff_of_12_bits(grey: np.ndarray) -> bytes:
+    """Two pixels in three bytes, as Pillow reads but does not write them."""
+    height, width = grey.shape
+    pairs = grey.reshape(-1, 2).astype(np.uint32) @ np.array([1 << 12, 1], np.uint32)
+    pixels = b"".join(int(pair).to_bytes(3, "big") for pair in pairs)
+    size_in_header = 8 + 2 + 8 * 12 + 4
+    tags = {256: width, 257: height, 258: 12, 259: 1, 262: 1, 273: size_in_header, 278: height,
+            279: len(pixels)}  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + pixels
+
+
+def test_12_bits_become_8(tmp_path: Path) -> None:
+    grey = np.arange(0, 4096, 64).reshape(8, 8)
+    path = tmp_path / "grey.tif"
+    path.write_bytes(tiff_of_12_bits(grey))
+    with Image.open(path) as image:
+        assert image.mode == "I;16"  # and nothing else says that white is 4095
+    assert np.array_equal(decode(path, 1, None)[0], np.floor(grey / 4095 * 255 + 0.5))
+
+
+def test_a_file_of_which_pillow_makes_a_type_error(tmp_path: Path, monkeypatch) -> None:
+    """As of some damaged TIFFs of 16 bits."""
+    write(tmp_path / "a.png")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise TypeError("'NoneType' object is not subscriptable")
+
+    monkeypatch.setattr(Image.Image, "load", fail)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+    with pytest.raises(UserError, match="repair or remove this file"):
+        decode(tmp_path / "a.png", 3, None)
 
 
 @pytest.mark.parametrize(("limit", "workers"), [HELD, READ_BY_WORKERS])

@@ -170,12 +170,12 @@ def check_logged_once(path: Path, whole: Rows, resumed: Rows) -> None:
     assert len(ends) == EPOCHS
     assert len(ends_resumed) == expected, path.stem
     if "batch" in path.stem:  # a validation that is due there has not begun
-        validated, again = ([row for row in rows if is_validation(row)] for rows in (whole, resumed))
-        assert again == [row for row in validated if row[0] is not None and row[0] >= step - 1]
+        later = [row for row in validations(whole) if row[0] is not None and row[0] >= step - 1]
+        assert validations(resumed) == later, path.stem
 
 
-def is_validation(row: tuple[int | None, dict[str, float]]) -> bool:
-    return any(name.endswith("val_loss") for name in row[1])
+def validations(rows: Rows) -> Rows:
+    return [row for row in rows if any(name.endswith("val_loss") for name in row[1])]
 
 
 @pytest.mark.parametrize("make", [search_module, train_module])
@@ -247,12 +247,12 @@ def test_checkpoint_of_other_operations_is_refused_though_its_tensors_fit(tmp_pa
     run(search_module(), folder=searched, max_epochs=1)
     run(train_module(), folder=trained, max_epochs=1)
     averages = replace(SPACE, primitives=("none", "avg_pool_3x3", "skip_connect", "sep_conv_3x3"))
-    sentence = r"it has the primitives none, max_pool_3x3, skip_connect, sep_conv_3x3\. Give the same"
+    sentence = r"it has the primitives none, max_pool_3x3, skip_connect, sep_conv_3x3\. Give the"
     with pytest.raises(UserError, match=sentence):
         run(search_module(space=averages), ckpt_path=searched / "03-epoch.ckpt")
     sentence = rf"it has {re.escape(published('darts_v2').notation())}\. Give the same genotype"
+    other = train_module(other_source(published("darts_v2")))
     with pytest.raises(UserError, match=sentence):
-        other = train_module(other_source(published("darts_v2")))
         run(other, ckpt_path=trained / "03-epoch.ckpt")
 
     # Of before checkpoints kept it.
