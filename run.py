@@ -10,7 +10,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from dartsl import tasks
 from dartsl.config import find_mistake
 from dartsl.help import help_text
 
@@ -22,6 +21,8 @@ OmegaConf.register_new_resolver("help", lambda: help_text(CONF).replace("$", "$$
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(cfg: DictConfig) -> float | None:
     """Run the config's task; returns the value that a sweeper optimises."""
+    from dartsl import tasks  # takes seconds, which help and misspelt commands do without
+
     try:
         return tasks.run(cfg)
     except Exception as error:

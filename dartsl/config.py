@@ -2,6 +2,9 @@
 
 A config is checked as far as it can be before anything is built: for values that are missing, and
 for values that what they are given to does not take.
+
+Nothing here imports torch or Lightning, which takes seconds, before a task needs them: help, what
+`--cfg` shows, a shell's completion and misspelt commands do without.
 """
 
 import errno
@@ -34,15 +37,17 @@ from omegaconf.errors import (
     GrammarParseError,
     OmegaConfBaseException,
 )
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.syntax import Syntax
 from rich.tree import Tree
 
-from dartsl.data import count_classes
 from dartsl.errors import UserError, unknown
 
-# So that an image folder's number of classes is never typed: conf/data/image_folder.yaml.
-OmegaConf.register_new_resolver("count_classes", count_classes, replace=True)
+
+def count_classes(root: str) -> int:
+    """See `dartsl.data.count_classes`."""
+    from dartsl import data
+
+    return data.count_classes(root)
 
 
 def run_group() -> str:
@@ -60,6 +65,8 @@ def run_tags() -> list[str]:
     return [str(choices[group]) for group in groups if choices.get(group) is not None]
 
 
+# So that an image folder's number of classes is never typed: conf/data/image_folder.yaml.
+OmegaConf.register_new_resolver("count_classes", count_classes, replace=True)
 # For conf/logger/wandb.yaml.
 OmegaConf.register_new_resolver("run_group", run_group, replace=True)
 OmegaConf.register_new_resolver("run_tags", run_tags, replace=True)
@@ -264,7 +271,7 @@ def find_mistake(error: BaseException | None, groups: Collection[str]) -> UserEr
             "BatchNorm has nothing to normalise in a batch of one image whose maps are one pixel: "
             "set data.batch_size to at least 2 or, of a training, network.auxiliary=false."
         )
-    if isinstance(error, MisconfigurationException):  # Lightning's word for a mistake
+    if type(error).__name__ == "MisconfigurationException":  # Lightning's word for a mistake
         return UserError(" ".join(str(error).split()))
     if isinstance(error, MissingConfigException) and error.missing_cfg_file in EXTRAS:
         return UserError(
