@@ -255,7 +255,7 @@ def report_genotype(cfg: DictConfig, trainer: pl.Trainer, artifact: str | None) 
     if artifact is not None:
         rows["Artifact"] = artifact
     print_summary("The search", rows | report_row(cfg))
-    if cfg.next_experiment is not None:
+    if cfg.next_experiment is not None and "Genotype" in rows:  # without callbacks there is none
         print_command(next_command(cfg))
 
 
