@@ -112,7 +112,7 @@ def check_numbers(cfg: DictConfig) -> None:
 
 
 def find_candidates(cfg: DictConfig) -> list[Candidate]:
-    """The genotypes below `run_dir`, and `random_cells` random ones of like size.
+    """The genotypes below `run_dir`, and `random_cells` random ones of like size and space.
 
     What a search that has not ended holds is no result, and takes no part.
 

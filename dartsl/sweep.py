@@ -200,8 +200,10 @@ class SweepSummary(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Refuse a sweep for the best validation accuracy of jobs that have none."""
+        if config.hydra.sweeper._target_ == _SWEEPS_ALL:
+            return
         fault = find_validation_fault(config)
-        if config.hydra.sweeper._target_ != _SWEEPS_ALL and fault is not None:
+        if fault is not None:
             # Not an exception, which Hydra would turn into a warning.
             raise SystemExit(f"Error: {config.hydra.runtime.choices['hydra/sweeper']}: {fault}")
 
