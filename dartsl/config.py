@@ -397,13 +397,17 @@ def given_overrides() -> list[str]:
 
 
 def kept_overrides(given: Iterable[str] | None = None) -> list[str]:
-    """Those of the overrides that the next command needs too: the same data and hardware.
+    """Those of the overrides that the next command needs too: the same data, hardware and logger.
 
     Args:
         given: of a run; default: those of this one.
     """
     of_data = ("root", "image_size", "in_channels", "mean", "std", "num_workers")
-    kept = ("data=", "hardware=", *(f"data.{key}=" for key in of_data))
+    of_trainer = ("accelerator", "devices", "num_nodes", "precision", "sync_batchnorm")
+    kept = (
+        "data=", "hardware=", "logger=", "threads=",
+        *(f"data.{key}=" for key in of_data), *(f"trainer.{key}=" for key in of_trainer),
+    )  # fmt: skip
     overrides = given_overrides() if given is None else given
     return [override for override in overrides if override.startswith(kept)]
 

@@ -24,7 +24,7 @@ from PIL import Image
 import run
 from dartsl import tasks
 from dartsl.checkpoints import find_fault
-from dartsl.config import check_types, differing_keys, resolved
+from dartsl.config import check_types, differing_keys, kept_overrides, resolved
 from dartsl.genotype import Genotype, published
 from dartsl.help import help_text
 from dartsl.interop import official_state_dict
@@ -666,6 +666,14 @@ def test_the_config_is_shown_and_kept(command: Command) -> None:
     kept = OmegaConf.load("here/config.yaml")
     assert kept.supernet.channels == 4
     assert "${" not in json.dumps(OmegaConf.to_container(kept, resolve=False))
+
+
+def test_what_the_next_command_needs_too() -> None:
+    """That it trains on the same data, as fast, and is seen in the same place."""
+    kept = ["data=image_folder", "data.root=x y", "hardware=multi_gpu", "trainer.devices=2",
+            "trainer.sync_batchnorm=true", "logger=[csv,wandb]", "threads=4"]  # fmt: skip
+    own = ["experiment=search_cifar10", "seed=3", "trainer.max_epochs=9", "data.batch_size=32"]
+    assert kept_overrides([*kept, *own]) == kept
 
 
 # Interruption: resume=auto, what was finished, what cannot be written
