@@ -293,7 +293,7 @@ def scores(trainer: pl.Trainer, group: str) -> dict[str, str]:
 
 
 def next_command(cfg: DictConfig) -> str:
-    """The command that trains what a search found, on the same data and hardware, with the same logger."""
+    """The command that trains what a search found, on the same data, hardware and logger."""
     return command(
         f"experiment={cfg.next_experiment}",
         *kept_overrides(),
