@@ -369,16 +369,19 @@ class PerEdge(nn.ModuleList):
 
 
 def merged_operation(primitive: str, channels: int, stride: int, num_edges: int) -> nn.Module:
-    """The merged form of `num_edges` operations without affine parameters."""
+    """The merged form of `num_edges` operations without affine parameters.
+
+    Of the types below and no others made of them, which may compute something else.
+    """
     copies: list[Any] = [OPERATIONS[primitive](channels, stride, False) for _ in range(num_edges)]
     first = copies[0]
-    if isinstance(first, Zero | nn.Identity):
+    if type(first) in (Zero, nn.Identity):
         return first
     if isinstance(first, Pool):
         return NormalizedPool(first, channels, num_edges)
-    if isinstance(first, FactorizedReduce):
+    if type(first) is FactorizedReduce:
         return MergedReduce(copies)
-    if isinstance(first, SeparableConv | DilatedConv):
+    if type(first) in (SeparableConv, DilatedConv):
         return MergedConv(copies)
     return MergedChain(copies) if is_chain(first) else PerEdge(copies)
 
@@ -387,10 +390,18 @@ def is_chain(operation: nn.Module) -> bool:
     """Whether it is ReLU, then convolutions, BatchNorms and ReLUs, then a BatchNorm."""
     return (
         type(operation) is nn.Sequential
-        and all(type(layer) in CHAIN_LAYERS for layer in operation)
+        and all(type(layer) in CHAIN_LAYERS and _is_merged(layer) for layer in operation)
         and isinstance(operation[0], nn.ReLU)
         and isinstance(operation[-1], nn.BatchNorm2d)
     )
+
+
+def _is_merged(layer: nn.Module) -> bool:
+    """Whether `_merge_layers` has all that a layer computes."""
+    if isinstance(layer, nn.BatchNorm2d):
+        settings = layer.eps, layer.momentum, layer.affine, layer.track_running_stats
+        return settings == (MergedBatchNorm.eps, MergedBatchNorm.momentum, False, True)
+    return getattr(layer, "bias", None) is None
 
 
 def _merge_layers(layers: Sequence[nn.Module]) -> nn.Module:

@@ -1,5 +1,7 @@
 """Operations of all edges that leave a node, computed together, are those of every edge alone."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,8 @@ from torch import Tensor, nn
 
 from dartsl.native import build
 from dartsl.networks.merged import Source, merged_operation
-from dartsl.operations import OPERATIONS
+from dartsl.networks.supernet import MixedOperation
+from dartsl.operations import OPERATIONS, Factory, SeparableConv
 
 CHANNELS, EDGES = 3, 2
 
@@ -61,6 +64,54 @@ def test_a_merged_operation_is_that_of_every_edge(primitive, stride, size) -> No
         if buffer.is_floating_point():
             parts = [dict(single.named_buffers())[name] for single in copies]
             assert torch.allclose(buffer, torch.cat(parts), rtol=1e-12)
+
+
+class Tripled(SeparableConv):
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * super().forward(x)
+
+
+class Halved(nn.Identity):
+    def forward(self, input: Tensor) -> Tensor:
+        return input / 2
+
+
+def dense(*, bias: bool = False, **options: Any) -> Factory:
+    """ReLU, a dense convolution and BatchNorm, as a user would register them."""
+    return lambda channels, stride, affine: nn.Sequential(
+        nn.ReLU(),
+        nn.Conv2d(channels, channels, 3, stride, 1, bias=bias),
+        nn.BatchNorm2d(channels, **{"affine": affine} | options),
+    )
+
+
+CUSTOM: dict[str, Factory] = {
+    "plain": dense(),
+    "eps": dense(eps=0.1),
+    "momentum": dense(momentum=0.5),
+    "cumulative": dense(momentum=None),
+    "untracked": dense(track_running_stats=False),
+    "affine": dense(affine=True),
+    "bias": dense(bias=True),
+    "separable": lambda channels, stride, affine: Tripled(channels, 3, stride, affine),
+    "identity": lambda channels, stride, affine: Halved(),
+}
+
+
+@pytest.mark.usefixtures("each_code")
+@pytest.mark.parametrize("name", CUSTOM)
+def test_a_registered_operation_is_computed_as_it_was_written(name, monkeypatch) -> None:
+    monkeypatch.setitem(OPERATIONS, name, CUSTOM[name])
+    torch.manual_seed(0)
+    mixed = MixedOperation(CHANNELS, 1, (name,), EDGES).double()
+    torch.manual_seed(0)  # and so the same weights
+    copies = [OPERATIONS[name](CHANNELS, 1, False).double() for _ in range(EDGES)]
+    weights = torch.tensor([[0.3], [0.7]], dtype=torch.float64)
+    for training in (True, True, False):
+        mixed.train(training)
+        x = random(4, CHANNELS, 6, 5)
+        for output, single, weight in zip(mixed(x, weights), copies, weights, strict=True):
+            assert torch.allclose(output, weight * single.train(training)(x), rtol=1e-10)
 
 
 def test_each_form_of_a_source_is_computed_once() -> None:
