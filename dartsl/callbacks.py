@@ -236,12 +236,13 @@ class EpochLines(pl.Callback):
     def __init__(self, console: Console | None = None) -> None:
         self.console = console
         self.epoch: int | None = None
+        self.validated = False
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remember the epoch: its last metrics are logged after the callbacks' turn."""
         assert isinstance(pl_module, ResumableModule)
         if pl_module.epoch_is_complete():
-            self.epoch = trainer.current_epoch
+            self.epoch, self.validated = trainer.current_epoch, pl_module.epoch_is_validated()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the epoch before."""
@@ -259,7 +260,7 @@ class EpochLines(pl.Callback):
         metrics = {
             name.split("/")[1]: value.item()
             for name, value in trainer.callback_metrics.items()
-            if name.startswith(("search/", "train/"))
+            if name.startswith(("search/", "train/")) and (self.validated or "/val_" not in name)
         }
         genotype = pl_module.genotype() if isinstance(pl_module, SearchModule) else None
         console = self.console or rich.get_console()

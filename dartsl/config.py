@@ -402,10 +402,13 @@ def kept_overrides(given: Iterable[str] | None = None) -> list[str]:
     Args:
         given: of a run; default: those of this one.
     """
-    of_data = ("root", "image_size", "in_channels", "mean", "std", "num_workers")
+    of_data = (
+        "root", "image_size", "in_channels", "mean", "std", "recipe", "crop_padding",
+        "horizontal_flip", "num_workers", "in_memory_limit",
+    )  # fmt: skip
     of_trainer = ("accelerator", "devices", "num_nodes", "precision", "sync_batchnorm")
     kept = (
-        "data=", "hardware=", "logger=", "threads=",
+        "data=", "hardware=", "hardware.", "logger=", "threads=",
         *(f"data.{key}=" for key in of_data), *(f"trainer.{key}=" for key in of_trainer),
     )  # fmt: skip
     overrides = given_overrides() if given is None else given

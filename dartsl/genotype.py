@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,7 +27,7 @@ GENOTYPE_FILE = "genotype.yaml"
 _FIELDS = ("normal", "normal_concat", "reduce", "reduce_concat")
 _TARGET = "dartsl.genotype.Genotype"
 # A call in the official notation; at a line's start perhaps with the name that it is given.
-_CALL = re.compile(r"(?:^[ \t]*(?:(\w+)[ \t]*=[ \t]*)+)?Genotype\(", re.MULTILINE)
+_CALL = re.compile(r"(?:^[ \t]*(?:(\w+)[ \t]*=[ \t]*)+)?Genotype[ \t]*\(", re.MULTILINE)
 _MAX_TEXT = 100_000  # characters; the largest published genotype has under 1,000
 
 
@@ -202,7 +203,7 @@ def _checked_edges(cell: str, edges: Iterable[Any]) -> tuple[Edge, ...]:
                 f"In the {cell} cell, node {node} takes {entry[0]!r} from node {entry[1]}; "
                 f"its sources are 0 to {node - 1}."
             )
-        checked.append((entry[0], entry[1]))
+        checked.append((entry[0], int(entry[1])))
     if not checked or len(checked) % 2:
         raise UserError(f"The {cell} cell has {len(checked)} edges; each node takes exactly two.")
     return tuple(checked)
@@ -217,11 +218,11 @@ def _checked_concat(cell: str, concat: Iterable[Any], num_nodes: int) -> tuple[i
         )
     if len(set(nodes)) != len(nodes):
         raise UserError(f"{cell}_concat names a node twice: {list(nodes)!r}.")
-    return nodes
+    return tuple(map(int, nodes))
 
 
 def _is_node(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)  # of numpy, too
 
 
 def _as_tuple(what: str, value: Any) -> tuple[Any, ...]:
@@ -250,7 +251,11 @@ def _literal(node: ast.expr) -> Any:
         if node.keywords or any(not _is_node(bound) or abs(bound) > 100 for bound in bounds):
             raise ValueError("not the range of a cell")
         return list(range(*bounds))
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "list":
+    if (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in ("list", "tuple")
+    ):
         if len(node.args) != 1 or node.keywords:
             raise ValueError("not a list of nodes")
         return list(_literal(node.args[0]))

@@ -48,7 +48,11 @@ class History(pl.callbacks.Checkpoint):
         line: dict[str, Any] = {
             "epoch": trainer.current_epoch,
             "seconds": round(now - self.began, 3),
-            "metrics": epoch_metrics(trainer),
+            "metrics": {
+                name: value
+                for name, value in epoch_metrics(trainer).items()
+                if pl_module.epoch_is_validated() or "/val_" not in name
+            },
         }
         if isinstance(pl_module, SearchModule):
             line |= search_state(pl_module)

@@ -38,6 +38,8 @@ def load_official_supernet(
     Raises:
         UserError: where names or shapes differ.
     """
+    if len(alphas) != len(supernet.alphas):
+        raise UserError(f"Expected alphas of {', '.join(supernet.alphas)}, not {len(alphas)}.")
     named = dict(zip(supernet.alphas, alphas, strict=True))
     check_same_tensors(dict(supernet.alphas), named, "this supernet")
     _load(supernet, state_dict, "this supernet")
@@ -57,7 +59,7 @@ def load_official_network(network: FinalNetwork, state_dict: Mapping[str, Tensor
     Raises:
         UserError: where names or shapes differ.
     """
-    _load(network, state_dict, "this network")
+    _load(network, state_dict, "the one given")
 
 
 def official_state_dict(model: Supernet | FinalNetwork) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from dartsl.distributed import ReplicaStrategy, is_first_process
 from dartsl.environment import environment
 from dartsl.errors import UserError
 from dartsl.files import CONFIG_FILE, ENVIRONMENT_FILE, RESULT_FILE, whole_file
+from dartsl.modules.resumable import check_accumulation
 from dartsl.native.memory import keep_freed_memory
 from dartsl.networks import FinalNetwork, Supernet
 from dartsl.networks.graphs import replay_passes
@@ -43,7 +44,7 @@ def prepare(cfg: DictConfig) -> None:
     if cfg.threads is not None and not 1 <= cfg.threads <= 1024:  # of too many a process dies
         raise UserError(f"threads={cfg.threads} must be from 1 to 1024, or null.")
     check_length(cfg)
-    check_accumulation(cfg)
+    check_accumulation(cfg.trainer.get("accumulate_grad_batches"))
     if (cfg.get("module") or {}).get("schedule") is not None:
         build(cfg.module.schedule)(0)  # it refuses its settings before any data is read
     check_fit(cfg)
@@ -68,15 +69,6 @@ def check_length(cfg: DictConfig) -> None:
             raise UserError(f"trainer.{key}=0 trains nothing; it must be more.")
     if cfg.trainer.max_epochs is not None and cfg.trainer.max_epochs < 0:
         raise UserError(f"trainer.max_epochs={cfg.trainer.max_epochs} must be at least 1.")
-
-
-def check_accumulation(cfg: DictConfig) -> None:
-    """Raise a UserError for gradients of several batches, which no checkpoint keeps."""
-    if cfg.trainer.get("accumulate_grad_batches") not in (None, 1):
-        raise UserError(
-            "trainer.accumulate_grad_batches is not for searches and trainings that resume "
-            "exactly: set data.batch_size, or share a batch among processes (hardware=multi_gpu)."
-        )
 
 
 def check_fit(cfg: DictConfig) -> None:

@@ -44,6 +44,8 @@ class SearchSpace:
     num_intermediate_nodes: int = 4
 
     def __post_init__(self) -> None:
+        if isinstance(self.primitives, str):
+            raise UserError(f"The primitives are a list of names, not {self.primitives!r}.")
         object.__setattr__(self, "primitives", tuple(self.primitives))
         for primitive in self.primitives:
             if primitive not in OPERATIONS:
@@ -81,7 +83,7 @@ def discretize(strengths: Mapping[str, Any], space: SearchSpace) -> Genotype:
         UserError: for weights of another shape than the space's, or which are not finite.
     """
     concat = tuple(range(2, space.num_intermediate_nodes + 2))
-    normal, reduce = (_strongest(kind, strengths[kind], space) for kind in CELL_KINDS)
+    normal, reduce = (_strongest(kind, strengths.get(kind), space) for kind in CELL_KINDS)
     return Genotype(normal, concat, reduce, concat)
 
 
@@ -107,10 +109,10 @@ def random_genotype(space: SearchSpace, seed: int) -> Genotype:
 
 def _strongest(kind: str, strengths: Any, space: SearchSpace) -> tuple[Edge, ...]:
     """The two strongest edges of every node, with their strongest operation."""
-    rows: list[list[float]] = strengths.tolist()
     shape = (len(space.edges), len(space.primitives))
-    if len(rows) != shape[0] or any(len(row) != shape[1] for row in rows):
+    if strengths is None or tuple(strengths.shape) != shape:
         raise UserError(f"The {kind} cell's strengths have another shape than {shape}.")
+    rows: list[list[float]] = strengths.tolist()
     if not all(math.isfinite(value) for row in rows for value in row):
         raise UserError(f"The {kind} cell's strengths are not finite: the search has diverged.")
 

@@ -48,17 +48,14 @@ class Candidate:
         genotype: of the candidate.
         num_parameters: of its network, without the auxiliary head.
         folder: of its training.
+        is_random: whether it is of the baseline, not of a search.
     """
 
     name: str
     genotype: Genotype
     num_parameters: int
     folder: Path
-
-    @property
-    def is_random(self) -> bool:
-        """Whether it is of the baseline, not of a search."""
-        return self.name.startswith("random_")
+    is_random: bool = False
 
 
 def select(cfg: DictConfig, train: Callable[[DictConfig], float | None]) -> float | None:
@@ -166,11 +163,13 @@ def _config(folder: Path) -> DictConfig | None:
     return cast(DictConfig, OmegaConf.load(path)) if path.is_file() else None
 
 
-def _candidate(cfg: DictConfig, name: str, genotype: Genotype) -> Candidate:
+def _candidate(
+    cfg: DictConfig, name: str, genotype: Genotype, is_random: bool = False
+) -> Candidate:
     with torch.device("meta"):  # counted, not made
         network = build(cfg.network)(genotype=genotype, auxiliary=False)
     num_parameters = sum(parameter.numel() for parameter in network.parameters())
-    return Candidate(name, genotype, num_parameters, Path(cfg.output_dir) / name)
+    return Candidate(name, genotype, num_parameters, Path(cfg.output_dir) / name, is_random)
 
 
 def random_candidates(
@@ -183,12 +182,13 @@ def random_candidates(
     """
     sizes = [candidate.num_parameters for candidate in found]
     smallest, largest = min(sizes) * (1 - _LIKE_SIZE), max(sizes) * (1 + _LIKE_SIZE)
+    taken = {candidate.name for candidate in found}
     candidates: list[Candidate] = []
     for seed in range(_MAX_DRAWS):
         if len(candidates) >= cfg.random_cells:
             return candidates
-        drawn = _candidate(cfg, f"random_{seed}", random_genotype(space, seed))
-        if smallest <= drawn.num_parameters <= largest:
+        drawn = _candidate(cfg, f"random_{seed}", random_genotype(space, seed), is_random=True)
+        if smallest <= drawn.num_parameters <= largest and drawn.name not in taken:
             candidates.append(drawn)
     raise UserError(
         f"Of {_MAX_DRAWS:,} random cells only {len(candidates)} have between {smallest:,.0f} and "

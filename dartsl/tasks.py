@@ -101,6 +101,8 @@ def evaluate(cfg: DictConfig) -> None:
     prepare(cfg)
     if cfg.ckpt_path is None:
         raise UserError("Nothing to evaluate: give ckpt_path=FILE, the checkpoint of a training.")
+    if cfg.ckpt_path == "last":
+        raise UserError("ckpt_path=last goes on with a run; to evaluate one, give ckpt_path=FILE.")
     checkpoint, state_dict = read_checkpoint(cfg.ckpt_path)
     auxiliary = any(name.startswith("auxiliary_head.") for name in state_dict)
     network = build(cfg.network)(genotype=find_genotype(cfg), auxiliary=auxiliary)
@@ -214,6 +216,8 @@ def read_checkpoint(path: str) -> tuple[dict[str, Any] | None, dict[str, torch.T
         or not all(isinstance(k, str) and is_plain(v) for k, v in tensors.items())
     ):
         raise UserError(f"The checkpoint {path!r} holds no network's weights.")
+    if all(name.startswith("module.") for name in tensors):  # saved by way of DataParallel
+        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     prefix = "network."
     ours = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     return (content, ours) if ours else (None, tensors)

@@ -45,7 +45,7 @@ def bars(console: Console) -> Progress:
 def print_epoch(
     console: Console,
     epoch: int,
-    num_epochs: int,
+    num_epochs: int | None,
     metrics: Mapping[str, float],
     genotype: Genotype | None = None,
 ) -> None:
@@ -54,14 +54,14 @@ def print_epoch(
     Args:
         console: where to; its bars stay below.
         epoch: counts from 1.
-        num_epochs: of the run.
+        num_epochs: of the run; None where something else ends it.
         metrics: by their names without the group's.
         genotype: of the epoch.
     """
     if not is_terminal(console):
         print(plain_line(epoch, num_epochs, metrics), file=console.file, flush=True)
         return
-    line = Text(f"epoch {epoch:>3}/{num_epochs}", style="bold")
+    line = Text(_count(epoch, num_epochs), style="bold")
     for half in halves(metrics):
         loss, accuracy = metrics[f"{half}_loss"], metrics[f"{half}_accuracy"]
         line.append(f"   {half} loss {loss:.3f} acc {100 * accuracy:.2f} %", style="not bold")
@@ -74,15 +74,19 @@ def print_epoch(
         console.print(Padding(Text(text, style="dim"), (0, 0, 0, _INDENT)))
 
 
-def plain_line(epoch: int, num_epochs: int, metrics: Mapping[str, float]) -> str:
+def plain_line(epoch: int, num_epochs: int | None, metrics: Mapping[str, float]) -> str:
     """An epoch for a program: loss and accuracy of both halves, and the learning rate."""
-    parts = [f"epoch {epoch:>3}/{num_epochs}"]
+    parts = [_count(epoch, num_epochs)]
     for half in halves(metrics):
         loss, accuracy = metrics[f"{half}_loss"], metrics[f"{half}_accuracy"]
         parts.append(f"{half}: loss {loss:.3f}, accuracy {100 * accuracy:.2f} %")
     if "learning_rate" in metrics:
         parts.append(f"learning rate {metrics['learning_rate']:.4g}")
     return "   ".join(parts)
+
+
+def _count(epoch: int, num_epochs: int | None) -> str:
+    return f"epoch {epoch:>3}" + ("" if num_epochs is None else f"/{num_epochs}")
 
 
 def halves(metrics: Mapping[str, float]) -> list[str]:

@@ -670,7 +670,8 @@ def test_the_config_is_shown_and_kept(command: Command) -> None:
 
 def test_what_the_next_command_needs_too() -> None:
     """That it trains on the same data, as fast, and is seen in the same place."""
-    kept = ["data=image_folder", "data.root=x y", "hardware=multi_gpu", "trainer.devices=2",
+    kept = ["data=image_folder", "data.root=x y", "data.horizontal_flip=false",
+            "hardware=multi_gpu", "hardware.recompute=true", "trainer.devices=2",
             "trainer.sync_batchnorm=true", "logger=[csv,wandb]", "threads=4"]  # fmt: skip
     own = ["experiment=search_cifar10", "seed=3", "trainer.max_epochs=9", "data.batch_size=32"]
     assert kept_overrides([*kept, *own]) == kept

@@ -164,6 +164,7 @@ class ImageDataModule(LightningDataModule):
 
         The same loader for the whole of a fit, so that it goes on where it is.
         """
+        self._check_is_set_up()
         if self._train_loader is None:
             self._train_loader = self._make_train_loader()
             self._go_on(self._train_loader)
@@ -171,12 +172,14 @@ class ImageDataModule(LightningDataModule):
 
     def val_dataloader(self) -> EvaluationLoader:
         """What training does not move the weights by; see the table and the note of the class."""
+        self._check_is_set_up()
         if len(self.val_indices) == 0:
             return self.test_dataloader()
         return self._evaluation_loader("train", self.val_indices)
 
     def test_dataloader(self) -> EvaluationLoader:
         """The test set."""
+        self._check_is_set_up()
         return self._evaluation_loader("test", np.arange(len(self._images["test"])))
 
     def state_dict(self) -> dict[str, int]:
@@ -212,6 +215,10 @@ class ImageDataModule(LightningDataModule):
         self._epoch_length = state_dict.get("epoch_length")
         if self._train_loader is not None:
             self._go_on(self._train_loader)
+
+    def _check_is_set_up(self) -> None:
+        if not self._images:
+            raise UserError("The images have not been read yet: call setup() before the loaders.")
 
     def _go_on(self, loader: BatchLoader | PairedLoader) -> None:
         """Have a loader begin with the restored step."""

@@ -18,6 +18,7 @@ from typing import Any, Self, cast
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import SumMetric
 
@@ -62,6 +63,11 @@ class EpochMetrics(nn.Module):
         loss, correct, count = (self._sum(m) for m in (self.loss, self.correct, self.count))
         return {"loss": loss / count, "accuracy": correct / count}
 
+    def reset(self) -> None:
+        """Forget what was counted."""
+        for metric in (self.loss, self.correct, self.count):
+            metric.reset()
+
     @staticmethod
     def _sum(metric: SumMetric) -> Tensor:
         # A resumed metric has its state but not its count of updates; do not warn of it.
@@ -81,9 +87,11 @@ class ResumableModule(pl.LightningModule):
     def __init__(self, schedule: Schedule | None) -> None:
         super().__init__()
         self.schedule = schedule
+        self.train_metrics = EpochMetrics()
+        self.val_metrics = EpochMetrics()
         self.step_seed: int | None = None
         self.finite_steps: list[FiniteSteps] = []  # of every optimizer, in their order
-        self._checkpoint: dict[str, Any] = {}  # what on_fit_start takes from it
+        self._checkpoint: dict[str, Any] | None = None  # what on_fit_start takes from it
         self._batch_end_pending = False
 
     def setup(self, stage: str) -> None:
@@ -98,12 +106,19 @@ class ResumableModule(pl.LightningModule):
         """What the network's tensors do not tell: which operations they belong to."""
         return ""
 
-    def num_epochs(self) -> int:
-        """Epochs of the run, from max_epochs or else from max_steps."""
+    def num_epochs(self) -> int | None:
+        """Epochs of the run, from max_epochs or else from max_steps; None where neither says."""
         trainer = self.trainer
         if trainer.max_epochs is not None and trainer.max_epochs > 0:
             return trainer.max_epochs
+        if trainer.max_steps < 0 or math.isinf(trainer.num_training_batches):
+            return None
         return max(1, math.ceil(trainer.max_steps / trainer.num_training_batches))
+
+    def epoch_is_validated(self) -> bool:
+        """Whether the epoch has a validation; Lightning keeps the numbers of the last one."""
+        every = self.trainer.check_val_every_n_epoch
+        return every is None or (self.current_epoch + 1) % every == 0
 
     def epoch_is_complete(self) -> bool:
         """Whether every batch of the epoch was trained on (not so when max_steps ends a run)."""
@@ -116,15 +131,26 @@ class ResumableModule(pl.LightningModule):
         return fetcher is not None and fit_loop.epoch_loop._should_check_val_fx(fetcher)
 
     def on_fit_start(self) -> None:
-        """Take the seed of all steps from the global one, once in a run's life; take up counts."""
+        """Take the seed of all steps from the global one, once in a run's life; take up counts.
+
+        Raises:
+            UserError: for gradients of several batches.
+        """
+        check_accumulation(self.trainer.accumulate_grad_batches)
         if self.step_seed is None:
             self.step_seed = torch.initial_seed() % 2**31
         self.finite_steps = [FiniteSteps(optimizer) for optimizer in self.trainer.optimizers]
+        if self._checkpoint is None:
+            for metrics in self.modules():
+                if isinstance(metrics, EpochMetrics):
+                    metrics.reset()  # of an epoch that another fit has not ended
+            return
         counts = self._checkpoint.get("skipped_steps", [])
         for steps, state in zip(self.finite_steps, counts, strict=False):
             steps.load_state_dict(state)
         # Of a run that had ended they are its result.
         self.trainer.callback_metrics.update(self._checkpoint.get("metrics", {}))
+        self._checkpoint = None
 
     def on_train_start(self) -> None:
         """Go straight to an epoch's end where a checkpoint was saved on its last batch."""
@@ -176,11 +202,13 @@ class ResumableModule(pl.LightningModule):
 
     def on_validation_start(self) -> None:
         """Validate with the running statistics of rank 0, which a checkpoint keeps."""
+        self.val_metrics.reset()  # of a validation that was broken off
         mend_statistics(self)
         broadcast(self.buffers())
 
     def on_test_start(self) -> None:
         """Test with the running statistics of rank 0."""
+        self.val_metrics.reset()
         mend_statistics(self)
         broadcast(self.buffers())
 
@@ -203,11 +231,15 @@ class ResumableModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint fits, and mend Lightning's record of where it was saved.
 
+        But for a fit that goes on with it, of a checkpoint the weights alone count.
+
         Raises:
             UserError: for a checkpoint of another network.
         """
         check_same_tensors(self.state_dict(), checkpoint["state_dict"], "this run's network")
         check_same_operations(self.operations(), checkpoint)
+        if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
+            return
         self.step_seed = checkpoint.get("step_seed")
         self._checkpoint = {
             k: checkpoint[k] for k in ("skipped_steps", "metrics") if k in checkpoint
@@ -249,6 +281,15 @@ def make_optimizer(
         return optimizer
     except (TypeError, ValueError) as error:
         raise UserError(f"The optimizer of {name} refuses its settings: {error}.") from error
+
+
+def check_accumulation(accumulate_grad_batches: int | None) -> None:
+    """Raise a UserError for gradients of several batches, which no checkpoint keeps."""
+    if accumulate_grad_batches not in (None, 1):
+        raise UserError(
+            "trainer.accumulate_grad_batches is not for searches and trainings that resume "
+            "exactly: set data.batch_size, or share a batch among processes (hardware=multi_gpu)."
+        )
 
 
 def check_gradient_clip(value: float) -> None:

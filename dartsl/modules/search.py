@@ -3,7 +3,7 @@
 Shapes: B images, E edges, P primitives, K classes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -12,6 +12,7 @@ from pytorch_lightning.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from dartsl.distributed import average, check_replicas
+from dartsl.errors import UserError
 from dartsl.genotype import Genotype
 from dartsl.hypergradient import (
     BilevelProblem,
@@ -23,7 +24,6 @@ from dartsl.hypergradient import (
 )
 from dartsl.modules.resumable import (
     Batch,
-    EpochMetrics,
     OptimizerFactory,
     ResumableModule,
     Schedule,
@@ -88,8 +88,6 @@ class SearchModule(ResumableModule):
         self.selection = selection
         self.stages = stages
         self.updates_alpha = True
-        self.train_metrics = EpochMetrics()
-        self.val_metrics = EpochMetrics()
 
     def operations(self) -> str:
         """The primitives, in the order of alpha's columns."""
@@ -105,12 +103,14 @@ class SearchModule(ResumableModule):
 
     def alpha_step(self, train: Batch, val: Batch) -> None:
         """Line 1 of Algorithm 1."""
+        optimizer, steps = self.trainer.optimizers[1], self.finite_steps[1]
+        optimizer.zero_grad()  # a hypergradient may add to what it finds
         gradients = self.hypergradient(self.bilevel_problem(train, val))
-        for alpha, gradient in zip(self.supernet.arch_parameters(), gradients, strict=True):
+        for alpha, gradient in zip(steps.parameters, gradients, strict=True):
             alpha.grad = gradient
-        self.finite_steps[1].admit()
+        steps.admit()
         # Not through Lightning's wrapper: one batch is one global_step.
-        self.trainer.optimizers[1].step()
+        optimizer.step()
 
     def weight_step(self, train: Batch) -> Tensor:
         """Line 2 of Algorithm 1, with clipped gradients."""
@@ -152,7 +152,7 @@ class SearchModule(ResumableModule):
             val_loss=val_loss,
             # Not the supernet's word: a walk through its modules takes milliseconds.
             weights=self.finite_steps[0].parameters,
-            alphas=self.supernet.arch_parameters(),
+            alphas=self.finite_steps[1].parameters,
             xi=weight_optimizer.param_groups[0]["lr"],
             virtual_direction=lambda gradients: sgd_direction(weight_optimizer, gradients),
             buffers=lambda: list(self.supernet.buffers()),
@@ -176,14 +176,15 @@ class SearchModule(ResumableModule):
         return self.selection(self.supernet)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """The optimizer of the weights, then the one of alpha."""
-        weights = make_optimizer(
-            self.weight_optimizer, self.supernet.weight_parameters(), "the weights"
+        """The optimizer of the weights, then the one of alpha; neither has what is frozen."""
+        weights, alphas = (
+            [parameter for parameter in parameters if parameter.requires_grad]
+            for parameters in (self.supernet.weight_parameters(), self.supernet.arch_parameters())
         )
+        of_weights = make_optimizer(self.weight_optimizer, weights, "the weights")
         if isinstance(self.hypergradient, Unrolled):
-            check_virtual_step(weights)
-        alphas = self.supernet.arch_parameters()
-        return [weights, make_optimizer(self.arch_optimizer, alphas, "alpha")]
+            check_virtual_step(of_weights)
+        return [of_weights, make_optimizer(self.arch_optimizer, alphas, "alpha")]
 
     def on_train_start(self) -> None:
         """Enter the stage of what a resumed run does before its next batch."""
@@ -192,7 +193,16 @@ class SearchModule(ResumableModule):
         super().on_train_start()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Enter the epoch's stage and learning rate."""
+        """Enter the epoch's stage and learning rate.
+
+        Raises:
+            UserError: for batches of one half alone.
+        """
+        if not isinstance(batch, Mapping):
+            raise UserError(
+                'A search takes batches {"train": (x, y), "val": (x, y)}: those of a data module '
+                'are so with task="search".'
+            )
         self.enter_stage()
         super().on_train_batch_start(batch, batch_idx)
 
@@ -235,6 +245,10 @@ class SearchModule(ResumableModule):
 
 
 def edge_entropies(strengths: Tensor) -> Tensor:
-    """Entropy [E] of each edge's weights in nats, of strengths [E, P]; log P when undecided."""
-    share = strengths / strengths.sum(dim=1, keepdim=True)
+    """Entropy [E] of each edge's weights in nats, of strengths [E, P]; log P when undecided.
+
+    Strengths of at most 0, which a relaxation of one's own may give, weigh nothing.
+    """
+    share = strengths.clamp_min(0)
+    share = share / share.sum(dim=1, keepdim=True).clamp_min(torch.finfo(share.dtype).tiny)
     return torch.special.entr(share).sum(dim=1)

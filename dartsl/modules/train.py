@@ -4,6 +4,7 @@ Shapes: B images, K classes.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from dartsl.distributed import check_replicas
 from dartsl.errors import UserError
 from dartsl.modules.resumable import (
     Batch,
-    EpochMetrics,
     OptimizerFactory,
     ResumableModule,
     Schedule,
@@ -66,8 +66,6 @@ class TrainModule(ResumableModule):
         self.drop_path_prob = drop_path_prob
         self.label_smoothing = label_smoothing
         self.gradient_clip = gradient_clip
-        self.train_metrics = EpochMetrics()
-        self.val_metrics = EpochMetrics()
 
     def operations(self) -> str:
         """The genotype, in the official notation."""
@@ -83,6 +81,15 @@ class TrainModule(ResumableModule):
             loss = loss + self.auxiliary_weight * self.loss(auxiliary_logits, y)
         self.log("train/loss_step", loss.detach())
         return loss * self.share(y)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, K] of images [B, C, H, W]."""
+        logits: Tensor = self.network(x)[0]
+        return logits
+
+    def predict_step(self, batch: Tensor | Batch, batch_idx: int) -> Tensor:
+        """Logits [B, K] of a batch, x or (x, y), for `trainer.predict`."""
+        return self(batch if isinstance(batch, Tensor) else batch[0])
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """Mean cross entropy with label smoothing."""
@@ -109,7 +116,16 @@ class TrainModule(ResumableModule):
             self.clip_gradients(optimizer, value, algorithm)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Set the epoch's learning rate and drop path."""
+        """Set the epoch's learning rate and drop path.
+
+        Raises:
+            UserError: for batches of a search.
+        """
+        if isinstance(batch, Mapping):
+            raise UserError(
+                f"A training takes batches (x, y), not {{{', '.join(map(repr, batch))}}}: those of "
+                'a data module are so with task="train".'
+            )
         super().on_train_batch_start(batch, batch_idx)
         self.network.drop_path_prob = self.epoch_drop_path_prob()
 
@@ -120,8 +136,20 @@ class TrainModule(ResumableModule):
             check_replicas(self.network.parameters(), "weights")
 
     def epoch_drop_path_prob(self) -> float:
-        """Drop path's probability in this epoch."""
-        return self.drop_path_prob * self.current_epoch / self.num_epochs()
+        """Drop path's probability in this epoch.
+
+        Raises:
+            UserError: where it grows for an unknown number of epochs.
+        """
+        if self.drop_path_prob == 0:
+            return 0.0
+        epochs = self.num_epochs()
+        if epochs is None:
+            raise UserError(
+                "Drop path grows until the last epoch, which nothing names: set trainer.max_epochs "
+                "(or max_steps), or module.drop_path_prob=0."
+            )
+        return self.drop_path_prob * self.current_epoch / epochs
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss and accuracy in evaluation mode."""

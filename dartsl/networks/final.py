@@ -206,7 +206,7 @@ class FinalNetwork(nn.Module):
             )
             return width, False
         if stem == "imagenet":
-            half = channels // 2
+            half = max(channels // 2, 1)
             self.stem0 = nn.Sequential(
                 nn.Conv2d(in_channels, half, 3, stride=2, padding=1, bias=False),
                 nn.BatchNorm2d(half),
