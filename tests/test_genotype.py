@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -164,6 +165,8 @@ def test_the_official_notation(text, name) -> None:
         DARTS_V2.replace(" ", ""),
         DARTS_V2.replace("'", '"'),
         DARTS_V2.replace("normal=", "").replace("normal_concat=", ""),
+        DARTS_V2.replace("[2, 3, 4, 5]", "tuple(range(2, 6))"),
+        DARTS_V2.replace("Genotype(", "genotype = Genotype ("),
     ],
     ids=[
         "assignment",
@@ -178,6 +181,8 @@ def test_the_official_notation(text, name) -> None:
         "no spaces",
         "double quotes",
         "positional",
+        "tuple of range",
+        "space before the bracket",
     ],
 )
 def test_the_official_notation_as_it_is_met(text) -> None:
@@ -190,6 +195,14 @@ def test_of_the_log_of_a_search_the_last_one_counts(line) -> None:
     assert Genotype.parse(between.join(map(line.format, [DARTS_V1, DARTS_V1, DARTS_V2]))) == (
         published("darts_v2")
     )
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path) -> None:
+    genotype = published("darts_v2")
+    edges, concat = (tuple((name, np.int64(n)) for name, n in genotype.normal), np.arange(2, 6))
+    same = dataclasses.replace(genotype, normal=edges, normal_concat=concat)
+    same.save(tmp_path / "x.yaml")
+    assert same == Genotype.load(tmp_path / "x.yaml") == genotype
 
 
 def test_the_log_of_a_whole_search() -> None:

@@ -8,6 +8,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
+from dartsl.callbacks import EpochLines
 from dartsl.checkpoints import AtomicCheckpoint
 from dartsl.environment import commit, environment
 from dartsl.genotype import Genotype
@@ -57,6 +58,17 @@ def test_a_line_holds_what_the_epoch_measured(tmp_path: Path) -> None:
         assert line["primitives"] == list(SPACE.primitives)
         assert Genotype.parse(line["genotype"]) == discretize(strengths, SPACE)
     assert len({line["metrics"]["search/train_loss"] for line in lines}) == 3
+
+
+def test_of_an_epoch_without_a_validation_there_are_no_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lightning still has those of the epoch before."""
+    search(History(tmp_path), EpochLines(), max_epochs=3, check_val_every_n_epoch=2)
+    validated = ["search/val_loss" in line["metrics"] for line in read_history(tmp_path)]
+    assert validated == [False, True, False]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    assert ["val: loss" in line for line in lines] == validated
 
 
 def test_a_resumed_run_has_the_history_of_one_that_was_never_stopped(tmp_path: Path) -> None:

@@ -170,6 +170,14 @@ def test_alphas_of_another_space_are_refused(index, shape) -> None:
     assert_same(official_state_dict(supernet), before)
 
 
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_another_number_of_alphas_is_refused(number) -> None:
+    network = literal_network()
+    alphas = [network.arch_parameters()[0].detach()] * number
+    with pytest.raises(UserError, match=f"alphas of normal, reduce, not {number}"):
+        load_official_supernet(supernet_of(), network.state_dict(), alphas)
+
+
 # What is refused, and what may be missing: the same for both
 
 

@@ -144,7 +144,9 @@ def test_every_experiment_runs(name: str, images: Path, command: Command, tmp_pa
     checkpoint = tmp_path / "elsewhere.pt"
     with torch.random.fork_rng():
         network = FinalNetwork(published("darts_v2"), channels=4, num_cells=3, num_classes=3)
-    torch.save(official_state_dict(network), checkpoint)
+    # As DataParallel names them, in which the official code trains on ImageNet.
+    state = {f"module.{key}": value for key, value in official_state_dict(network).items()}
+    torch.save({"epoch": 3, "state_dict": state}, checkpoint)
     if name == "report":
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "history.jsonl").write_text(
@@ -563,6 +565,8 @@ experiment=evaluate genotype=darts_v2
     Nothing to evaluate: give ckpt_path=FILE
 experiment=evaluate genotype=darts_v2 ckpt_path={ROOT}/README.md
     it is no checkpoint
+experiment=evaluate genotype=darts_v2 ckpt_path=last
+    ckpt_path=last goes on with a run; to evaluate one, give ckpt_path=FILE
 experiment=evaluate genotype=darts_v2 ckpt_path=no.pt
     there is no such file
 experiment=draw

@@ -219,7 +219,7 @@ def test_the_concat_is_all_intermediate_nodes(nodes) -> None:
     assert len(genotype.normal) == len(genotype.reduce) == 2 * nodes
 
 
-@pytest.mark.parametrize("shape", [(13, 8), (15, 8), (14, 7), (14, 9), (8, 14)])
+@pytest.mark.parametrize("shape", [(13, 8), (15, 8), (14, 7), (14, 9), (8, 14), (14,), (14, 8, 1)])
 @pytest.mark.parametrize("kind", ["normal", "reduce"])
 def test_strengths_of_another_shape_are_refused(kind, shape) -> None:
     space = SearchSpace()
@@ -328,3 +328,14 @@ def test_a_seed_gives_one_genotype() -> None:
     space = SearchSpace()
     assert random_genotype(space, 3) == random_genotype(space, 3)
     assert len({repr(random_genotype(space, seed)) for seed in range(20)}) == 20
+
+
+def test_strengths_of_one_cell_are_refused() -> None:
+    space = SearchSpace()
+    with pytest.raises(UserError, match=r"reduce cell.*another shape than \(14, 8\)"):
+        discretize({"normal": weak(space)}, space)
+
+
+def test_a_single_name_is_no_list_of_primitives() -> None:
+    with pytest.raises(UserError, match="a list of names, not 'none'"):
+        SearchSpace("none")  # type: ignore[arg-type]

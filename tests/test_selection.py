@@ -167,6 +167,15 @@ def test_a_single_search_has_the_name_of_its_folder(tmp_path: Path, monkeypatch)
     assert found.name == "found"
 
 
+def test_a_search_may_be_called_random(tmp_path: Path) -> None:
+    """And is none of the baseline's, of which none takes its name."""
+    for name in ("random_0", "random_search"):
+        keep(tmp_path / name, "darts_v1", {"task": "search"})
+    drawn = candidates(tmp_path, f"run_dir={tmp_path}", "random_cells=3")
+    assert [each.is_random for each in drawn] == [False, False, True, True, True]
+    assert len({each.name for each in drawn}) == 5
+
+
 def test_random_cells_are_of_the_space_that_was_searched(tmp_path: Path) -> None:
     primitives = ["none", "skip_connect", "sep_conv_3x3", "dil_conv_3x3"]
     space = {"_target_": "dartsl.search_space.SearchSpace", "primitives": primitives}

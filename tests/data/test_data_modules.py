@@ -222,3 +222,10 @@ def test_every_shipped_config_makes_its_data_module(name: str, image_root: Path)
         assert data.num_classes == 3
         x, _ = next(iter(data.train_dataloader()))["train"]
         assert x.shape[1:] == (3, config.data.image_size, config.data.image_size)
+
+
+def test_loaders_without_setup_are_a_mistake() -> None:
+    data = Digits(**DIGITS)
+    for loader in (data.train_dataloader, data.val_dataloader, data.test_dataloader):
+        with pytest.raises(UserError, match=r"call setup\(\) before"):
+            loader()

@@ -1,5 +1,6 @@
 """The search as a Lightning run, against the literal search of tests/literal_darts.py."""
 
+import math
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -18,9 +19,10 @@ from torch.utils.data import DataLoader
 
 from dartsl.errors import UserError
 from dartsl.genotype import Genotype
-from dartsl.hypergradient import FirstOrder, Unrolled
+from dartsl.hypergradient import BilevelProblem, FirstOrder, Unrolled
 from dartsl.interop import load_official_supernet, official_state_dict
 from dartsl.modules import SearchModule
+from dartsl.modules.search import edge_entropies
 from dartsl.networks import Supernet
 from dartsl.search_space import DARTS_PRIMITIVES, SearchSpace, discretize
 from tests.literal_darts import Architect, Network, concat, search_step
@@ -632,3 +634,50 @@ def test_the_checkpoint_holds_the_alphas_and_loads_with_weights_only(tmp_path) -
     kept = [value for value in state.values() if value.is_floating_point()]
     for alpha in module.supernet.arch_parameters():
         assert any(v.shape == alpha.shape and torch.equal(v, alpha) for v in kept)
+
+
+# What a user of Lightning alone may do
+
+
+@pytest.mark.parametrize(
+    "hypergradient", [FirstOrder(), Unrolled(), Unrolled("exact")], ids=["first", "eq8", "eq7"]
+)
+def test_what_is_frozen_stays_and_the_others_move(hypergradient) -> None:
+    c = case()
+    supernet = same_supernet(c, literal_network(c))
+    frozen = [*supernet.stem.parameters(), supernet.alphas["reduce"]]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    before, others = values(frozen), values(supernet.cells.parameters())
+    normal = values([supernet.alphas["normal"]])
+    fit(SearchModule(supernet, hypergradient, SGD, ADAM), random_batches(c)[:1])
+    assert all(torch.equal(a, b) for a, b in zip(frozen, before, strict=True))
+    assert furthest([supernet.alphas["normal"]], normal) > 0
+    assert furthest(supernet.cells.parameters(), others) > 0
+
+
+def test_a_hypergradient_may_leave_gradients_where_it_computes_them() -> None:
+    """As the official architect does, by `backward`."""
+
+    def official(problem: BilevelProblem) -> list[Tensor]:
+        problem.val_loss().backward()
+        return [alpha.grad.clone() for alpha in problem.alphas]
+
+    c, ends = case(train=[4, 4, 4], val=[4, 4, 4]), []
+    for hypergradient in (official, FirstOrder()):
+        supernet = same_supernet(c, literal_network(c))
+        fit(SearchModule(supernet, hypergradient, SGD, ADAM), random_batches(c))
+        ends.append(values(supernet.parameters()))
+    assert furthest(*ends) < 1e-10
+
+
+def test_batches_of_one_half_are_refused() -> None:
+    c = case()
+    module = SearchModule(same_supernet(c, literal_network(c)), FirstOrder(), SGD, ADAM)
+    with pytest.raises(UserError, match=r'A search takes batches {"train": '):
+        fit(module, [batch["train"] for batch in random_batches(c)])
+
+
+def test_entropies_of_any_strengths_are_numbers() -> None:
+    strengths = torch.tensor([[0.5, 0.5], [0.0, 0.0], [-1.0, 2.0]])
+    assert torch.allclose(edge_entropies(strengths), torch.tensor([math.log(2), 0.0, 0.0]))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from dartsl.errors import UserError
 from dartsl.genotype import published
 from dartsl.modules import TrainModule
 from dartsl.networks import FinalNetwork
@@ -308,3 +309,88 @@ def test_the_test_is_in_evaluation_mode_and_over_examples() -> None:
     (result,) = trainer.test(module, DataLoader(data, batch_size=None), verbose=False)
     assert result["test/loss"] == pytest.approx(loss, rel=1e-6)  # smoothing is for training only
     assert result["test/accuracy"] == pytest.approx(accuracy, rel=1e-6)
+
+
+# What a user of Lightning alone may do
+
+
+def test_drop_path_without_a_last_epoch_is_a_mistake() -> None:
+    """Its probability would grow for ever, and pass 1."""
+    for drop_path_prob in (0.2, 0.0):
+        module = TrainModule(network(), SGD, drop_path_prob=drop_path_prob)
+        module.trainer = trainer_of(max_epochs=-1, max_time="00:00:01:00")
+        module.trainer.fit_loop.max_batches = 3
+        if drop_path_prob:
+            with pytest.raises(UserError, match=r"set trainer\.max_epochs"):
+                module.epoch_drop_path_prob()
+        else:
+            assert module.epoch_drop_path_prob() == 0
+
+
+def test_gradients_of_several_batches_are_refused() -> None:
+    """Drop path would drop the same images of each, and no checkpoint holds half a step."""
+    with pytest.raises(UserError, match=r"trainer\.accumulate_grad_batches"):
+        fit(TrainModule(network(), SGD), batches(3, 3), accumulate_grad_batches=2)
+
+
+def test_batches_of_a_search_are_refused() -> None:
+    (batch,) = batches(3)
+    with pytest.raises(UserError, match=r"A training takes batches \(x, y\), not {'train', 'val'}"):
+        fit(TrainModule(network(), SGD), [{"train": batch, "val": batch}])  # type: ignore[list-item]
+
+
+def test_a_validation_that_was_broken_off_is_not_counted() -> None:
+    class Stop(pl.Callback):
+        def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
+            raise RuntimeError("stop")
+
+    module, data = TrainModule(network(), SGD), DataLoader(batches(3, 5), batch_size=None)
+    whole = trainer_of().validate(module, data, verbose=False)
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer_of(callbacks=[Stop()]).validate(module, data, verbose=False)
+    assert trainer_of().validate(module, data, verbose=False) == whole
+
+
+def test_a_fit_leaves_nothing_to_the_next() -> None:
+    """Neither metrics of an epoch that it has not ended, nor what it took from a checkpoint."""
+    data = batches(3, 3, 3, 3)
+    module = TrainModule(network(), SGD, drop_path_prob=0.0)
+    fit(module, data, max_steps=3)
+    fresh = copy.deepcopy(module)
+    fresh.train_metrics.reset()
+    first, second = (fit(each, data).callback_metrics for each in (module, fresh))
+    assert first["train/train_loss"] == second["train/train_loss"]
+    assert first["train/train_accuracy"] == second["train/train_accuracy"]
+
+
+def test_what_a_checkpoint_holds_beside_weights_is_for_the_fit_that_goes_on(tmp_path) -> None:
+    module, data = TrainModule(network(), SGD, drop_path_prob=0.0), batches(3, 3)
+    fit(module, data)
+    assert module.trainer.callback_metrics
+    path = tmp_path / "x.ckpt"
+    module.trainer.save_checkpoint(path)
+
+    class Watch(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            seen.append(dict(trainer.callback_metrics))
+
+    seen: list[dict[str, Any]] = []
+    fit(module, data, callbacks=[Watch()])
+    loaded = TrainModule.load_from_checkpoint(
+        path, network=network(), optimizer=SGD, weights_only=True
+    )
+    fit(loaded, data, callbacks=[Watch()])
+    trainer = trainer_of(max_epochs=2, callbacks=[Watch()])
+    loader = DataLoader(data, batch_size=None)
+    trainer.fit(module, loader, ckpt_path=path, weights_only=True)
+    fit(module, data, callbacks=[Watch()])
+    assert [bool(metrics) for metrics in seen] == [False, False, True, False]
+
+
+def test_predictions_are_the_logits_in_evaluation() -> None:
+    module, data = TrainModule(network(), SGD), batches(3, 2)
+    expected = [module.network.eval()(x)[0] for x, _ in data]
+    for given in (data, [x for x, _ in data]):
+        found = trainer_of().predict(module, DataLoader(given, batch_size=None))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert torch.equal(module.eval()(data[0][0]), expected[0])
