@@ -59,6 +59,12 @@ def write_training(folder: Path, *, accuracy: float | None, epochs: int = 2) -> 
         (folder / "test.yaml").write_text(yaml.safe_dump({"accuracy": accuracy, "loss": 0.1}))
 
 
+def write_overrides(folder: Path, *overrides: str) -> None:
+    """What a job's command gave, as Hydra keeps it."""
+    (folder / ".hydra").mkdir(parents=True, exist_ok=True)
+    (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(list(overrides)))
+
+
 def write_files(folder: Path, lines: list[dict[str, Any]], config: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -348,7 +348,7 @@ function sortableTable({ columns, rows, reports }) {
 function tableSection(table) {
   return section(table.title,
     table.means.length ? list(table.means, "facts") : null,
-    table.means.length ? h("p", { class: "soft" }, `Mean ± standard deviation of the finished runs: ${table.complete}.`) : null,
+    table.means.length ? h("p", { class: "soft" }, `Mean ± standard deviation over the finished runs that differ in the seed alone. Finished: ${table.complete}.`) : null,
     scroll(table.title, sortableTable(table)));
 }
 
