@@ -12,6 +12,7 @@ from PIL import Image
 from dartsl.errors import UserError
 from dartsl.genotype import Genotype, published
 from dartsl.report import leave_report, write, write_report
+from dartsl.report.runs import runs_below
 from dartsl.search_space import SearchSpace
 from tests.reports import report_content, write_overrides, write_search, write_training
 
@@ -68,7 +69,7 @@ def test_a_trainings_report_names_no_best_epoch(tmp_path: Path) -> None:
 
 def test_a_search_that_was_killed_has_a_report(tmp_path: Path) -> None:
     write_search(tmp_path, epochs=2)
-    for name in ("genotype.yaml", "environment.yaml", "config.yaml"):
+    for name in ("genotype.yaml", "environment.yaml", "config.yaml", "result.yaml"):
         (tmp_path / name).unlink()
     write_report(tmp_path)
     content = report_content(tmp_path)
@@ -80,7 +81,7 @@ def test_a_sweeps_report_has_means_of_the_finished_runs(tmp_path: Path) -> None:
     accuracies = {"0": 0.97, "2": 0.975, "10": 0.98}
     for name, accuracy in accuracies.items():
         write_training(tmp_path / name, accuracy=accuracy)
-    write_training(tmp_path / "3", accuracy=None, epochs=1)  # was killed
+    write_training(tmp_path / "3", accuracy=None, ended=False)  # was killed
     write_overrides(tmp_path / "4", "seed=<b>4</b>")  # failed before it began
     write_search(tmp_path / "5" / "search")
     write_report(tmp_path / "0")
@@ -98,6 +99,14 @@ def test_a_sweeps_report_has_means_of_the_finished_runs(tmp_path: Path) -> None:
     assert tables["Without a result"]["rows"] == [["4", "seed=<b>4</b>"]]
     assert tables["Searches"]["rows"][0][0] == "5/search"
     assert [cell["run"] for cell in content["cells"]] == ["5/search"]
+
+
+def test_a_run_is_finished_when_it_says_so(tmp_path: Path) -> None:
+    write_training(tmp_path / "untested", accuracy=None)
+    write_training(tmp_path / "of_many_steps", accuracy=0.5, max_epochs=1000)
+    write_training(tmp_path / "killed", accuracy=0.5, max_epochs=None, ended=False)
+    finished = {run.folder.name for run in runs_below(tmp_path) if run.is_complete}
+    assert finished == {"untested", "of_many_steps"}
 
 
 def means_of_trainings(folder: Path) -> list[list[str]]:
