@@ -41,6 +41,7 @@ def test_a_searchs_report_says_what_its_history_says(tmp_path: Path) -> None:
         genotype = Genotype.parse(line["genotype"])
         assert [(e["primitive"], e["source"]) for e in layout["edges"]] == list(genotype.normal)
         assert layout["nodes"] == cells[0]["layout"]["normal"]["nodes"]
+        assert layout["names"] == ["0: c_{k-2}", "1: c_{k-1}", "2", "3", "4", "5", "c_{k}"]
     final = cells[content["genotype"]]
     assert Genotype.parse(final["yaml"]) == Genotype.parse(final["notation"])
     assert Genotype.parse(final["yaml"]) == Genotype.load(tmp_path / "genotype.yaml")
