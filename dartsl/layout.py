@@ -21,7 +21,7 @@ _CHARACTER = 0.602 * FONT_SIZE / 72  # DejaVu Sans Mono: every glyph is 0.602 em
 _MIN_CHARACTERS = 12  # "sep_conv_3x3": the usual names all lead to one and the same grid
 LABEL_PADDING, _LABEL_HEIGHT = 0.06, 0.21
 MARGIN = 0.12
-_INPUT_WIDTH, _INPUT_HEIGHT, _INPUT_PITCH = 0.56, 0.34, 0.66
+_INPUT_WIDTH, _INPUT_HEIGHT, _INPUT_PITCH = 0.72, 0.34, 0.82
 _NODE_WIDTH, _NODE_HEIGHT = 0.34, 0.48
 _NODE_PITCH = 0.64  # vertical, between two nodes
 _ROW_OFFSET = 0.14  # of a node's two rows from its middle
@@ -77,6 +77,7 @@ class CellLayout:
         width: of the picture.
         height: of the picture.
         nodes: a box per node: the two inputs, the intermediate nodes, last the output.
+        names: of the nodes; in c_{...} the braces hold a subscript.
         edges: in the order of the genotype.
         concat: in the order of the genotype.
     """
@@ -84,6 +85,7 @@ class CellLayout:
     width: float
     height: float
     nodes: tuple[Box, ...]
+    names: tuple[str, ...]
     edges: tuple[Wire, ...]
     concat: tuple[Wire, ...]
 
@@ -111,9 +113,16 @@ def layout_cell(
         width=output.right + MARGIN,
         height=nodes[0].top + MARGIN,
         nodes=nodes,
+        names=_name_nodes(len(nodes)),
         edges=_route_edges(edges, nodes, label_width),
         concat=tuple(to_output),
     )
+
+
+def _name_nodes(num_nodes: int) -> tuple[str, ...]:
+    """Their numbers in the genotype; inputs and output also as in the paper's figures."""
+    intermediate = map(str, range(2, num_nodes - 1))
+    return "0: c_{k-2}", "1: c_{k-1}", *intermediate, "c_{k}"
 
 
 def label_width_of(characters: int) -> float:

@@ -119,6 +119,20 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".")
 
 
+# ---- TensorBoard ---------------------------------------------------------------------------------
+
+
+class TensorBoard(TensorBoardLogger):
+    """Lightning's logger without its curve `hp_metric`, which is -1 in every run.
+
+    Not by `default_hp_metric=False`: it leaves out the run's settings, too.
+    """
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log numbers but that one."""
+        super().log_metrics({k: v for k, v in metrics.items() if k != "hp_metric"}, step)
+
+
 # ---- Weights & Biases ----------------------------------------------------------------------------
 
 

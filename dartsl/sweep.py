@@ -96,7 +96,12 @@ class Job:
     @property
     def setting(self) -> tuple[str, ...]:
         """The overrides but the seed."""
-        return tuple(text for text in self.overrides if not text.startswith("seed="))
+        return setting_of(self.overrides)
+
+
+def setting_of(overrides: Iterable[str]) -> tuple[str, ...]:
+    """The overrides but the seed: runs that share them repeat each other."""
+    return tuple(text for text in overrides if not text.startswith("seed="))
 
 
 def read_jobs(sweep_dir: str | Path) -> list[Job]:

@@ -5,6 +5,7 @@ primitives.
 """
 
 import math
+import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -88,8 +89,8 @@ def in_order(primitives: Iterable[str]) -> list[str]:
 def draw_genotype(genotype: Genotype, title: str | None = None) -> Figure:
     """Both cells of a genotype, the normal cell above the reduction cell.
 
-    Nodes are named as in the paper's figures: c_{k-2} and c_{k-1} are the outputs of the two cells
-    before, 0 is the first intermediate node, c_{k} the cell's output.
+    Nodes have the numbers of the genotype: 0 and 1 are the outputs of the two cells before, c_{k-2}
+    and c_{k-1} in the paper's figures, 2 is the first intermediate node; c_{k} is the output.
 
     Args:
         genotype: may hold any names of primitives.
@@ -171,11 +172,10 @@ def _draw_cell(axes: Axes, kind: str, cell: CellLayout) -> None:
         _draw_edge(axes, wire, f"{kind}-edge-{index}")
     for wire in cell.concat:
         _draw_arrow(axes, Curve(wire.points), _INK, f"{kind}-concat-{wire.source}")
-    last = len(cell.nodes) - 1
-    for node, box in enumerate(cell.nodes):
-        names = {0: "$c_{k-2}$", 1: "$c_{k-1}$", last: "$c_{k}$"}
-        face = "#E8E8E8" if node in names else "#FFFFFF"
-        _draw_box(axes, box, names.get(node, str(node - 2)), face, _INK, size=11)
+    for name, box in zip(cell.names, cell.nodes, strict=True):
+        number = name.isdecimal()  # of an intermediate node
+        text = name if number else re.sub(r"c_\{.*\}", r"$\g<0>$", name)
+        _draw_box(axes, box, text, "#FFFFFF" if number else "#E8E8E8", _INK, size=11)
     x, y = cell.nodes[1].right + 2 * MARGIN, cell.nodes[1].center[1]
     axes.text(x, y, _CAPTIONS[kind], size=11, weight="bold", va="center")
 

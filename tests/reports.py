@@ -50,19 +50,32 @@ def write_search(folder: Path, *, epochs: int = 3, seed: int = 0, space: SearchS
     return lines
 
 
-def write_training(folder: Path, *, accuracy: float | None, epochs: int = 2) -> None:
-    """A folder as a training leaves it; one that was stopped before the test has no accuracy."""
+def write_training(
+    folder: Path, *, accuracy: float | None, max_epochs: int | None = 2, ended: bool = True
+) -> None:
+    """A folder as a training of two epochs leaves it; without a test it has no accuracy."""
     metrics = {"train/train_loss": 1.0, "train/val_accuracy": 0.5}
-    lines = [{"epoch": epoch, "seconds": 1.0, "metrics": metrics} for epoch in range(epochs)]
-    write_files(folder, lines, {"task": "train", "trainer": {"max_epochs": 2}})
+    lines = [{"epoch": epoch, "seconds": 1.0, "metrics": metrics} for epoch in range(2)]
+    config = {"task": "train", "trainer": {"max_epochs": max_epochs}}
+    write_files(folder, lines, config, ended)
     if accuracy is not None:
         (folder / "test.yaml").write_text(yaml.safe_dump({"accuracy": accuracy, "loss": 0.1}))
 
 
-def write_files(folder: Path, lines: list[dict[str, Any]], config: dict[str, Any]) -> None:
+def write_overrides(folder: Path, *overrides: str) -> None:
+    """What a job's command gave, as Hydra keeps it."""
+    (folder / ".hydra").mkdir(parents=True, exist_ok=True)
+    (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(list(overrides)))
+
+
+def write_files(
+    folder: Path, lines: list[dict[str, Any]], config: dict[str, Any], ended: bool = True
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "environment.yaml").write_text(
         yaml.safe_dump({"command": "python run.py", "cpu": "A"})
     )
+    if ended:
+        (folder / "result.yaml").write_text("{}\n")

@@ -14,6 +14,7 @@ import pytest
 import torch
 import wandb
 import yaml
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -163,6 +164,17 @@ def test_every_edge_is_a_line(runs: Runs) -> None:
             for n, s in SPACE.edges
         ) / len(SPACE.edges)
         assert runs.search.series(f"alpha/{kind}_entropy")[-1][1] == pytest.approx(mean, rel=1e-6)
+
+
+def test_tensorboard_has_the_settings_of_a_run_and_no_curve_of_them(tmp_path: Path) -> None:
+    config = OmegaConf.load(ROOT / "conf/logger/tensorboard.yaml").tensorboard
+    logger = instantiate(config, save_dir=str(tmp_path))
+    logger.log_hyperparams({"optimizer": {"lr": 0.1}})
+    logger.log_metrics({"search/val_loss": 2.0}, 3)
+    logger.finalize("success")
+    events = EventAccumulator(logger.log_dir).Reload()
+    assert events.Tags()["scalars"] == ["search/val_loss"]
+    assert b"optimizer/lr" in b"".join(events.PluginTagToContent("hparams").values())
 
 
 @pytest.mark.slow

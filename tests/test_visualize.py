@@ -228,12 +228,15 @@ def test_the_picture_holds_one_arrow_per_edge_and_concatenated_node(name, tmp_pa
         assert re.findall(rf'id="{kind}-concat-(\d+)"', svg) == [str(node) for node in concat]
 
 
-def test_nodes_are_named_as_in_the_paper():
-    figure = draw_genotype(published("darts_v2"))
-    for axes in figure.axes[:2]:
-        written = [text.get_text() for text in axes.texts]
-        for name in ("$c_{k-2}$", "$c_{k-1}$", "0", "1", "2", "3", "$c_{k}$"):
-            assert written.count(name) == 1
+def test_nodes_have_the_numbers_of_the_genotype():
+    genotype = published("darts_v2")
+    names = ("0: $c_{k-2}$", "1: $c_{k-1}$", "2", "3", "4", "5", "$c_{k}$")
+    figure = draw_genotype(genotype)
+    extents = [(text.get_text(), box) for text, box in texts_and_extents(figure)]
+    for name, node in zip(names, cell_layouts(genotype)["normal"].nodes, strict=True):
+        found = [box for text, box in extents if text == name]
+        assert len(found) == 2  # the normal cell's and the reduction cell's
+        assert all(box.right - box.left < node.right - node.left - 0.05 for box in found)
 
 
 STRENGTHS = {

@@ -4,6 +4,7 @@ Shapes: E edges, P primitives.
 """
 
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,9 +18,11 @@ from dartsl.genotype import Genotype
 from dartsl.layout import cell_layouts
 from dartsl.report.runs import Run
 from dartsl.search_space import SearchSpace
+from dartsl.sweep import setting_of
 from dartsl.visualize import color_of, in_order
 
 Content = dict[str, Any]
+Setting = tuple[tuple[str, ...], Genotype | None]  # overrides, and the cell if it was given
 
 TASKS = {"search": "Search", "train": "Training"}
 
@@ -234,20 +237,53 @@ def table_of(folder: Path, task: str, runs: Sequence[Run], given_to_all: set[str
     if task == "train":  # of a training the best epoch would be chosen by the test set
         del columns[f"{half}, best epoch (%)"]
     columns = {name: values for name, values in columns.items() if any_known(values)}
-    complete = [index for index, run in enumerate(runs) if run.is_complete]
-    means = [
-        [name.removesuffix(" (%)"), mean_and_deviation([values[index] for index in complete])]
-        for name, values in columns.items()
-        if name.endswith("(%)")
-    ]
     return {
         "title": {"search": "Searches", "train": "Trainings"}.get(task, "Without a result"),
         "columns": list(columns),
         "rows": [list(row) for row in zip(*columns.values(), strict=True)],
         "reports": [report_of(folder, run) for run in runs],
-        "means": [pair for pair in means if pair[1]],
+        "means": means_of(folder, runs, columns, given_to_all),
         "complete": complete_of(runs),
     }
+
+
+def means_of(
+    folder: Path, runs: Sequence[Run], columns: Content, given_to_all: set[str]
+) -> list[list[str]]:
+    """Mean and deviation of each accuracy over finished runs that repeat each other.
+
+    Where there are several settings, each mean is named after its own, and one run has none.
+    """
+    groups = repeats_of([run for run in runs if run.is_complete])
+    means = []
+    for (setting, cell), group in groups.items():
+        if len(groups) > 1 and len(group) == 1:
+            continue
+        own = [override for override in setting if override not in given_to_all]
+        if cell is not None:
+            own.append(", ".join(name_of(folder, run) for run in group))
+        for name, values in columns.items():
+            of_group = [value for run, value in zip(runs, values, strict=True) if run in group]
+            text = mean_and_deviation(of_group) if name.endswith("(%)") else ""
+            if text:
+                named = [*own, name] if len(groups) > 1 else [name]
+                means.append([" · ".join(named).removesuffix(" (%)"), text])
+    return means
+
+
+def repeats_of(runs: Sequence[Run]) -> dict[Setting, list[Run]]:
+    """Runs of one task by setting, and by cell where that is a part of the setting.
+
+    It is so where trainings were given the same, the seed included: they are those of a selection.
+    Where the seed differs, the cells are results, as of a sweep of quick starts.
+    """
+    times = Counter(tuple(run.overrides) for run in runs)
+    groups: dict[Setting, list[Run]] = {}
+    for run in runs:
+        by_cell = run.task == "train" and times[tuple(run.overrides)] > 1
+        key = setting_of(run.overrides), run.genotype if by_cell else None
+        groups.setdefault(key, []).append(run)
+    return groups
 
 
 def shared(override: str, runs: Sequence[Run]) -> bool:

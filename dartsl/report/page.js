@@ -150,24 +150,19 @@ function showEpoch(epoch) {
 
 // ---- cells --------------------------------------------------------------------------------------
 
-function nodeName(node, count) {
-  return node < 2 ? `c_{k-${2 - node}}` : node === count - 1 ? "c_{k}" : String(node - 2);
-}
-
-// Names as in the paper's figures, with subscripts.
+// "1: c_{k-1}" with its subscript.
 function nodeText(name, x, y) {
-  const [, base, index] = /^(c)_\{(.*)\}$/.exec(name) || [null, name, ""];
-  if (!index) return s("text", { x, y }, base);
-  return s("text", { x, y, "font-style": "italic" }, base,
-    s("tspan", { dy: 3, "font-size": 8 }, index.replace("-", "−")));
+  const [, number, letter, index] = /^(.*)(c)_\{(.*)\}$/.exec(name) || [null, name];
+  if (!index) return s("text", { x, y }, number);
+  const italic = (attributes, text) => s("tspan", { "font-style": "italic", ...attributes }, text);
+  return s("text", { x, y }, number, italic({}, letter),
+    italic({ dy: 3, "font-size": 8 }, index.replace("-", "−")));
 }
 
 function drawCell(kind, layout) {
   const px = (value) => (value * INCH).toFixed(1);
   const X = (value) => Number(px(value)), Y = (value) => Number(px(layout.height - value));
-  const count = layout.nodes.length;
-  const words = layout.edges.map((edge) =>
-    `${edge.primitive} from ${nodeName(edge.source, count)} to ${nodeName(edge.target, count)}`);
+  const words = layout.edges.map(({ primitive, source, target }) => `${primitive} from ${source} to ${target}`);
   const svg = s("svg", { class: "cell", viewBox: `0 0 ${px(layout.width)} ${px(layout.height)}`, role: "img", "aria-label": `${KINDS[kind]}: ${words.join(", ")}` });
   const drops = s("g"), gaps = s("g"), rows = s("g"), boxes = s("g");
   svg.append(drops, gaps, rows, boxes);
@@ -191,9 +186,9 @@ function drawCell(kind, layout) {
     rows.append(s("path", { class: "concat", d: `M${x0},${y0}H${x1 - 6}` }), head(x1, y0));
   }
   layout.nodes.forEach(([left, bottom, right, top], node) => {
-    const end = node < 2 || node === count - 1;
+    const end = node < 2 || node === layout.nodes.length - 1;
     boxes.append(s("rect", { class: end ? "node end" : "node", x: X(left), y: Y(top), width: px(right - left), height: px(top - bottom), rx: 4 }),
-      nodeText(nodeName(node, count), X((left + right) / 2), Y((bottom + top) / 2)));
+      nodeText(layout.names[node], X((left + right) / 2), Y((bottom + top) / 2)));
   });
   return svg;
 }
@@ -258,8 +253,7 @@ function scale() {
   const [smallest, largest] = range.map((weight) => weight.toFixed(2));
   const bar = h("span", { class: "bar", "aria-hidden": "true" });
   bar.style.background = `linear-gradient(to right, ${palette.map((color) => `rgb(${color})`)})`;
-  return h("p", { class: "soft" }, `Edge weights from ${smallest} `, bar, ` to ${largest}, in both maps and all epochs. `,
-    "Outlined: what is in the genotype. The maps count the inputs as nodes, as a genotype does: their node 2 is the picture's node 0.");
+  return h("p", { class: "soft" }, `Edge weights from ${smallest} `, bar, ` to ${largest}, in both maps and all epochs. Outlined: what is in the genotype.`);
 }
 
 function searchSection() {
@@ -348,7 +342,7 @@ function sortableTable({ columns, rows, reports }) {
 function tableSection(table) {
   return section(table.title,
     table.means.length ? list(table.means, "facts") : null,
-    table.means.length ? h("p", { class: "soft" }, `Mean ± standard deviation of the finished runs: ${table.complete}.`) : null,
+    table.means.length ? h("p", { class: "soft" }, `Mean ± standard deviation over the finished runs that differ in the seed alone. Finished: ${table.complete}.`) : null,
     scroll(table.title, sortableTable(table)));
 }
 

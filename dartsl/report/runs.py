@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from dartsl.files import CONFIG_FILE, ENVIRONMENT_FILE
+from dartsl.files import CONFIG_FILE, ENVIRONMENT_FILE, RESULT_FILE
 from dartsl.genotype import GENOTYPE_FILE, Genotype
 from dartsl.history import HISTORY_FILE, TEST_FILE, read_history
 
@@ -79,9 +79,8 @@ class Run:
 
     @property
     def is_complete(self) -> bool:
-        """Whether it has all its epochs, and a training its test."""
-        epochs = bool(self.history) and len(self.history) >= (self.max_epochs or 1)
-        return epochs and (self.task != "train" or bool(self.test))
+        """Whether it has ended, by what `resume=auto` goes by too."""
+        return (self.folder / RESULT_FILE).is_file()
 
     @property
     def seconds(self) -> float:

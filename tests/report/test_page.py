@@ -93,6 +93,11 @@ def test_the_slider_moves_cells_and_heat_maps_by_keyboard(search: Any, open_page
         assert f"{accuracy:.2f} %" in page.locator(".legend").first.inner_text()
 
 
+def test_nodes_have_the_numbers_of_the_genotype(search: Any, open_page: Open) -> None:
+    texts = open_page(search[0]).locator("#cells .cell").first.locator("text:not(.name)")
+    assert texts.all_text_contents() == ["0: ck−2", "1: ck−1", "2", "3", "4", "5", "ck"]
+
+
 def test_playing_ends_at_the_last_epoch(search: Any, open_page: Open) -> None:
     page = open_page(search[0])
     page.get_by_role("button", name="Play").click()

@@ -1,5 +1,6 @@
 """What reports say, that nothing of a run becomes markup, and that they spoil no run."""
 
+import itertools
 import logging
 import statistics
 from html.parser import HTMLParser
@@ -9,10 +10,11 @@ import pytest
 from PIL import Image
 
 from dartsl.errors import UserError
-from dartsl.genotype import Genotype
+from dartsl.genotype import Genotype, published
 from dartsl.report import leave_report, write, write_report
+from dartsl.report.runs import runs_below
 from dartsl.search_space import SearchSpace
-from tests.reports import report_content, write_search, write_training
+from tests.reports import report_content, write_overrides, write_search, write_training
 
 
 def test_a_searchs_report_says_what_its_history_says(tmp_path: Path) -> None:
@@ -39,6 +41,7 @@ def test_a_searchs_report_says_what_its_history_says(tmp_path: Path) -> None:
         genotype = Genotype.parse(line["genotype"])
         assert [(e["primitive"], e["source"]) for e in layout["edges"]] == list(genotype.normal)
         assert layout["nodes"] == cells[0]["layout"]["normal"]["nodes"]
+        assert layout["names"] == ["0: c_{k-2}", "1: c_{k-1}", "2", "3", "4", "5", "c_{k}"]
     final = cells[content["genotype"]]
     assert Genotype.parse(final["yaml"]) == Genotype.parse(final["notation"])
     assert Genotype.parse(final["yaml"]) == Genotype.load(tmp_path / "genotype.yaml")
@@ -67,7 +70,7 @@ def test_a_trainings_report_names_no_best_epoch(tmp_path: Path) -> None:
 
 def test_a_search_that_was_killed_has_a_report(tmp_path: Path) -> None:
     write_search(tmp_path, epochs=2)
-    for name in ("genotype.yaml", "environment.yaml", "config.yaml"):
+    for name in ("genotype.yaml", "environment.yaml", "config.yaml", "result.yaml"):
         (tmp_path / name).unlink()
     write_report(tmp_path)
     content = report_content(tmp_path)
@@ -79,9 +82,8 @@ def test_a_sweeps_report_has_means_of_the_finished_runs(tmp_path: Path) -> None:
     accuracies = {"0": 0.97, "2": 0.975, "10": 0.98}
     for name, accuracy in accuracies.items():
         write_training(tmp_path / name, accuracy=accuracy)
-    write_training(tmp_path / "3", accuracy=None, epochs=1)  # was killed
-    (tmp_path / "4" / ".hydra").mkdir(parents=True)  # failed before it began
-    (tmp_path / "4" / ".hydra" / "overrides.yaml").write_text("- seed=<b>4</b>\n")
+    write_training(tmp_path / "3", accuracy=None, ended=False)  # was killed
+    write_overrides(tmp_path / "4", "seed=<b>4</b>")  # failed before it began
     write_search(tmp_path / "5" / "search")
     write_report(tmp_path / "0")
     assert write_report(tmp_path) == [tmp_path / "report.html"]
@@ -98,6 +100,46 @@ def test_a_sweeps_report_has_means_of_the_finished_runs(tmp_path: Path) -> None:
     assert tables["Without a result"]["rows"] == [["4", "seed=<b>4</b>"]]
     assert tables["Searches"]["rows"][0][0] == "5/search"
     assert [cell["run"] for cell in content["cells"]] == ["5/search"]
+
+
+def test_a_run_is_finished_when_it_says_so(tmp_path: Path) -> None:
+    write_training(tmp_path / "untested", accuracy=None)
+    write_training(tmp_path / "of_many_steps", accuracy=0.5, max_epochs=1000)
+    write_training(tmp_path / "killed", accuracy=0.5, max_epochs=None, ended=False)
+    finished = {run.folder.name for run in runs_below(tmp_path) if run.is_complete}
+    assert finished == {"untested", "of_many_steps"}
+
+
+def means_of_trainings(folder: Path) -> list[list[str]]:
+    """What the report of a folder's runs says of their test accuracy."""
+    write_report(folder)
+    tables = {table["title"]: table for table in report_content(folder)["tables"]}
+    return [pair for pair in tables["Trainings"]["means"] if pair[0].endswith("test")]
+
+
+def test_a_sweeps_report_has_a_mean_for_each_setting(tmp_path: Path) -> None:
+    settings = itertools.product(("0.01", "0.1"), (0, 1))
+    for number, (rate, seed) in enumerate(settings):
+        write_training(tmp_path / f"{number}", accuracy=0.1 * number)
+        write_overrides(tmp_path / f"{number}", "data=digits", f"lr={rate}", f"seed={seed}")
+    write_training(tmp_path / "4", accuracy=0.9)  # a single run has no spread to tell of
+    write_overrides(tmp_path / "4", "data=digits", "lr=1", "seed=0")
+    assert means_of_trainings(tmp_path) == [
+        ["lr=0.01 · test", "5.00 ± 7.07 % (n = 2)"],
+        ["lr=0.1 · test", "25.00 ± 7.07 % (n = 2)"],
+    ]
+
+
+def test_cells_are_averaged_over_only_where_the_seed_found_them(tmp_path: Path) -> None:
+    quick_starts, selection = tmp_path / "quick_starts", tmp_path / "selection"
+    for number, name in enumerate(("darts_v1", "darts_v2")):
+        quick_start = quick_starts / f"{number}"
+        write_overrides(quick_start, f"seed={number}")
+        for folder in (quick_start / "train", selection / f"{number}"):
+            write_training(folder, accuracy=0.1 * number)
+            published(name).save(folder / "genotype.yaml")
+    assert means_of_trainings(quick_starts) == [["test", "5.00 ± 7.07 % (n = 2)"]]
+    assert means_of_trainings(selection) == []
 
 
 class Tags(HTMLParser):
