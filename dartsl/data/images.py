@@ -132,7 +132,7 @@ class FileImages:
 
 
 def decode(path: Path, channels: int, size: int | None) -> Tensor:
-    """One image file as uint8 [C, H, W].
+    """One image file as uint8 [C, H, W], on white where it is transparent.
 
     Args:
         path: of the file, in any format that Pillow reads.
@@ -147,7 +147,7 @@ def decode(path: Path, channels: int, size: int | None) -> Tensor:
         raise UserError(f"Cannot read the image {path}: it is no file, or is gone; remove it.")
     try:
         with Image.open(path) as file:
-            image = _of_8_bits(file, path).convert(PIL_MODES[channels])
+            image = _on_white(_of_8_bits(file, path)).convert(PIL_MODES[channels])
     except UserError:
         raise
     except _BROKEN_FILE as error:
@@ -173,6 +173,14 @@ def _of_8_bits(file: Image.Image, path: Path) -> Image.Image:
     file.load()
     (bits,) = getattr(file, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))  # of a TIFF perhaps 12
     return Image.fromarray((np.asarray(file) * (255 / (2**bits - 1))).round().astype(np.uint8))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """The image with white behind it; `convert` would show what colour lies unseen, often black."""
+    if not image.has_transparency_data:
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 
 def _resize_centre_crop(image: Image.Image, size: int) -> Image.Image:

@@ -90,6 +90,42 @@ def test_all_kinds_of_images_become_the_channels_asked_for(tmp_path: Path, chann
     assert greys == {9}
 
 
+def transparent(kind: str) -> tuple[Image.Image, dict[str, Any]]:
+    """Four black pixels, the first of them opaque, and what Pillow needs to save them so."""
+    alpha = Image.frombytes("L", (4, 1), bytes([255, 0, 0, 0]))
+    if kind in ("LA", "RGBA"):
+        image = Image.new(kind, (4, 1), 0)
+        image.putalpha(alpha)
+        return image, {}
+    if kind == "P":  # palette: opaque black, unseen black
+        image = Image.frombytes("P", (4, 1), bytes([0, 1, 1, 1]))
+        image.putpalette([0] * 6)
+        return image, {"transparency": bytes([255, 0])}
+    shades = Image.frombytes("L", (4, 1), bytes([0, 9, 9, 9])).convert(kind)
+    return shades, {"transparency": 9 if kind == "L" else (9, 9, 9)}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", ["LA", "RGBA", "P", "L", "RGB"])
+def test_transparent_is_white(tmp_path: Path, kind: str, channels: int) -> None:
+    image, options = transparent(kind)
+    image.save(tmp_path / "a.png", **options)
+    assert (
+        decode(tmp_path / "a.png", channels, None)[:, 0].tolist() == [[0, 255, 255, 255]] * channels
+    )
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_an_opaque_alpha_changes_nothing(tmp_path: Path, mode: str, channels: int) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).convert(mode)
+    image.save(tmp_path / "alpha.png")
+    image.convert(mode[:-1]).save(tmp_path / "plain.png")
+    with_alpha, plain = (decode(tmp_path / f"{n}.png", channels, 8) for n in ("alpha", "plain"))
+    assert with_alpha.equal(plain)
+
+
 HELD, READ_BY_WORKERS, READ = (2**31, 0), (0, 2), (0, 0)  # in_memory_limit, num_workers
 
 
