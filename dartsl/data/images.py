@@ -6,13 +6,14 @@ Shapes: N images, C channels, H rows, W columns.
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from dartsl.errors import UserError
@@ -132,7 +133,7 @@ class FileImages:
 
 
 def decode(path: Path, channels: int, size: int | None) -> Tensor:
-    """One image file as uint8 [C, H, W], on white where it is transparent.
+    """One image file as uint8 [C, H, W], upright, and on white where it is transparent.
 
     Args:
         path: of the file, in any format that Pillow reads.
@@ -147,6 +148,7 @@ def decode(path: Path, channels: int, size: int | None) -> Tensor:
         raise UserError(f"Cannot read the image {path}: it is no file, or is gone; remove it.")
     try:
         with Image.open(path) as file:
+            _turn_upright(file)
             image = _on_white(_of_8_bits(file, path)).convert(PIL_MODES[channels])
     except UserError:
         raise
@@ -158,6 +160,13 @@ def decode(path: Path, channels: int, size: int | None) -> Tensor:
         image = _resize_centre_crop(image, size)
     pixels = torch.from_numpy(np.array(image))
     return (pixels[None] if channels == 1 else pixels.permute(2, 0, 1)).contiguous()
+
+
+def _turn_upright(file: Image.Image) -> None:
+    """Turns the image as its EXIF says: a camera that is held upright stores pictures lying."""
+    file.load()
+    with suppress(Exception):  # damaged EXIF, of which Pillow makes many kinds of errors
+        ImageOps.exif_transpose(file, in_place=True)
 
 
 def _of_8_bits(file: Image.Image, path: Path) -> Image.Image:

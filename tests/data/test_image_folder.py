@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from dartsl.data import ImageFolder, count_classes
 from dartsl.data.images import decode
@@ -124,6 +124,35 @@ def test_an_opaque_alpha_changes_nothing(tmp_path: Path, mode: str, channels: in
     image.convert(mode[:-1]).save(tmp_path / "plain.png")
     with_alpha, plain = (decode(tmp_path / f"{n}.png", channels, 8) for n in ("alpha", "plain"))
     assert with_alpha.equal(plain)
+
+
+QUARTER_TURNS = {1: 0, 3: 2, 6: 1, 8: -1}
+"""EXIF's orientation -> how a camera with it has turned what is upright."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("jpg", np.uint8), ("png", np.uint8), ("png", np.uint16), ("tif", np.uint16)],
+)
+@pytest.mark.parametrize("orientation", QUARTER_TURNS)
+def test_photographs_are_upright(tmp_path: Path, orientation: int, kind: str, dtype: Any) -> None:
+    upright = np.repeat(np.repeat(np.array([[0, 100, 255], [255, 0, 0]], np.uint8), 16, 0), 16, 1)
+    stored = np.rot90(upright, QUARTER_TURNS[orientation]).astype(dtype)
+    stored = stored * 257 if dtype == np.uint16 else stored
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    # Pillow 13 itself scrambles grey TIFFs that are turned and not compressed.
+    options = {"exif": exif} | ({"compression": "tiff_lzw"} if kind == "tif" else {})
+    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / f"a.{kind}", **options)
+    read = decode(tmp_path / f"a.{kind}", 1, None)[0].numpy()
+    assert read.shape == upright.shape
+    assert np.abs(read.astype(int) - upright).mean() < 6  # JPEG is lossy
+
+
+def test_an_image_with_damaged_exif_is_read_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGB", (8, 4), "white").save(path, exif=b"Exif\0\0neither II nor MM")
+    assert decode(path, 3, None).shape == (3, 4, 8)
 
 
 HELD, READ_BY_WORKERS, READ = (2**31, 0), (0, 2), (0, 0)  # in_memory_limit, num_workers
