@@ -22,7 +22,9 @@ PIL_MODES = {1: "L", 3: "RGB"}
 """The number of channels of an image file -> how Pillow calls it."""
 
 # What Pillow raises for a broken file, one of another kind, and one of absurdly many pixels.
-_BROKEN_FILE = (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError)
+_BROKEN_FILE = (
+    OSError, RuntimeError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError
+)  # fmt: skip
 # Where Pillow's mode of 32-bit integers, "I", is of 16 bits: all PPM files, PNG until Pillow 10.3.
 _16_BITS_AS_32 = ("PNG", "PPM")
 _BITS_PER_SAMPLE = 258  # the number of a TIFF's tag

@@ -203,15 +203,26 @@ def test_12_bits_become_8(tmp_path: Path) -> None:
     assert np.array_equal(decode(path, 1, None)[0], np.floor(grey / 4095 * 255 + 0.5))
 
 
-def test_a_file_of_which_pillow_makes_a_type_error(tmp_path: Path, monkeypatch) -> None:
-    """As of some damaged TIFFs of 16 bits."""
+@pytest.mark.parametrize("error", [TypeError, RuntimeError])
+def test_whatever_pillow_makes_of_a_broken_file(tmp_path: Path, monkeypatch, error: Any) -> None:
+    """TypeError of some damaged TIFFs of 16 bits, RuntimeError of damaged AVIFs."""
     write(tmp_path / "a.png")
 
     def fail(*_: Any, **__: Any) -> None:
-        raise TypeError("'NoneType' object is not subscriptable")
+        raise error("'NoneType' object is not subscriptable")
 
     monkeypatch.setattr(Image.Image, "load", fail)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+    with pytest.raises(UserError, match="repair or remove this file"):
+        decode(tmp_path / "a.png", 3, None)
+
+
+def test_a_texture_of_an_unknown_kind(tmp_path: Path) -> None:
+    """A DDS file under another suffix: Pillow says that this is not implemented."""
+    write(tmp_path / "a.dds", "RGBA")
+    texture = bytearray((tmp_path / "a.dds").read_bytes())
+    texture[80:88] = struct.pack("<I4s", 4, b"ABCD")  # the pixels' format is one of four letters
+    (tmp_path / "a.png").write_bytes(texture)
     with pytest.raises(UserError, match="repair or remove this file"):
         decode(tmp_path / "a.png", 3, None)
 
