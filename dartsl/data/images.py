@@ -151,7 +151,10 @@ def decode(path: Path, channels: int, size: int | None) -> Tensor:
     try:
         with Image.open(path) as file:
             _turn_upright(file)
-            image = _on_white(_of_8_bits(file, path)).convert(PIL_MODES[channels])
+            image = _on_white(_of_8_bits(file, path))
+            if image.mode == "LAB":  # of which Pillow makes no grey
+                image = image.convert("RGB")
+            image = image.convert(PIL_MODES[channels])
     except UserError:
         raise
     except _BROKEN_FILE as error:

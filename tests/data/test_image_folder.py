@@ -90,6 +90,12 @@ def test_all_kinds_of_images_become_the_channels_asked_for(tmp_path: Path, chann
     assert greys == {9}
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_lab_becomes_the_channels_asked_for(tmp_path: Path, channels: int) -> None:
+    write(tmp_path / "a.tif", "LAB", (1, 1), (255, 128, 128))
+    assert (decode(tmp_path / "a.tif", channels, None) > 250).all()  # white
+
+
 def transparent(kind: str) -> tuple[Image.Image, dict[str, Any]]:
     """Four black pixels, the first of them opaque, and what Pillow needs to save them so."""
     alpha = Image.frombytes("L", (4, 1), bytes([255, 0, 0, 0]))
