@@ -1,5 +1,6 @@
 """A folder of images, one subfolder per class: any image set of one's own."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -102,10 +103,18 @@ def _class_folders(folder: Path) -> list[str]:
 
 
 def _image_files(folder: Path) -> Iterator[Path]:
-    """The images in a folder and below it; hidden files and folders are passed over."""
-    return (
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMG_EXTENSIONS
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    """The images in a folder and below it, through links too; what is hidden is passed over.
+
+    Links may run in circles: no folder is entered twice, and none that holds this one.
+    """
+    entered = {folder.resolve(), *folder.resolve().parents}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        for name in names:
+            if not name.startswith(".") and Path(name).suffix.lower() in IMG_EXTENSIONS:
+                yield Path(place, name)
+        below, folders[:] = sorted(folders), []
+        for name in below:
+            target = Path(place, name).resolve()
+            if not name.startswith(".") and target not in entered:
+                entered.add(target)
+                folders.append(name)

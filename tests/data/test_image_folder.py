@@ -272,6 +272,20 @@ def test_stray_files_are_passed_over(tmp_path: Path) -> None:
     assert len(train) + len(test) == 11
 
 
+def test_linked_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    fill(tmp_path / "root")
+    write(tmp_path / "elsewhere" / "more" / "a.png")
+    cat = tmp_path / "root" / "train" / "cat"
+    (cat / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(cat)
+    (tmp_path / "elsewhere" / "more" / "up").symlink_to(tmp_path)  # dogs are no cats
+    write(tmp_path / "root" / "test" / "cat" / "a.png")
+    train, _ = folder(tmp_path / "root").load()
+    files = [f"cat/{name}.png" for name in (0, 1, 2, 3, 4, "linked/more/a")]
+    files += [f"dog/{index}.png" for index in range(5)]
+    assert [path.relative_to(cat.parent).as_posix() for path in train.paths] == files
+
+
 @pytest.mark.parametrize(("limit", "workers"), [HELD, READ, READ_BY_WORKERS])
 @pytest.mark.parametrize("content", [b"", b"not an image", None], ids=["empty", "text", "cut"])
 def test_broken_image_is_named(
