@@ -21,6 +21,12 @@ from dartsl.errors import UserError
 PIL_MODES = {1: "L", 3: "RGB"}
 """The number of channels of an image file -> how Pillow calls it."""
 
+IMAGE_SUFFIXES = (
+    ".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg",
+    ".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp",
+)  # fmt: skip
+"""Of the files that Pillow reads, those that hold a picture, and not documents, films or data."""
+
 # What Pillow raises for a broken file, one of another kind, and one of absurdly many pixels.
 _BROKEN_FILE = (
     OSError, RuntimeError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError

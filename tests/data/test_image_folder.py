@@ -1,5 +1,6 @@
 """Folders of images as people have them."""
 
+import logging
 import struct
 import tarfile
 from pathlib import Path
@@ -270,6 +271,28 @@ def test_stray_files_are_passed_over(tmp_path: Path) -> None:
     assert count_classes(tmp_path) == 2
     train, test = folder(tmp_path).load()
     assert len(train) + len(test) == 11
+
+
+@pytest.mark.parametrize("kind", ["gif", "jfif", "JPE", "jp2", "tga"])
+def test_images_of_every_common_kind_are_found(tmp_path: Path, kind: str) -> None:
+    for name in ("cat", "dog"):
+        for index in range(5):
+            write(tmp_path / "train" / name / f"{index}.{kind}", colour=(200, 200, 200))
+    train, test = folder(tmp_path).load()
+    assert (len(train), len(test)) == (8, 2)
+    assert train.stack().float().mean() == pytest.approx(200, abs=2)
+
+
+def test_files_passed_over_are_counted_in_one_line(tmp_path: Path, caplog) -> None:
+    cat = fill(tmp_path) / "train" / "cat"
+    names = [".hidden", "notes.txt", "a.heic", "b.HEIC", "labels", ".hidden.heic"]
+    for name in names + [f"{number}.{number:03}" for number in range(7)]:
+        (cat / name).touch()
+    with caplog.at_level(logging.WARNING):
+        folder(tmp_path).load()
+    (record,) = caplog.records
+    assert f"{tmp_path / 'train'}, as such files are not read: 2 .heic, 1 " in record.getMessage()
+    assert record.getMessage().endswith(", 5 others.")
 
 
 def test_linked_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
