@@ -44,12 +44,28 @@ class ImageFolder(ImageDataModule):
         """The training set and the test set."""
         classes = find_classes(self.root)
         train = self._part(self.root / "train", classes)
-        for name in _TEST_FOLDERS:
-            if (self.root / name).is_dir():
-                return train, self._part(self.root / name, classes)
+        test_folders = [self.root / name for name in _TEST_FOLDERS if (self.root / name).is_dir()]
+        self._check_counts(train.labels, classes, bool(test_folders))
+        if test_folders:
+            return train, self._part(test_folders[0], classes)
         # Not self.seed: the test set is the same in every run.
         train_indices, test_indices = stratified_halves(train.labels, fraction=0.8, seed=0)
         return train.subset(train_indices), train.subset(test_indices)
+
+    def _check_counts(self, labels: np.ndarray, classes: list[str], has_test: bool) -> None:
+        """Every class must have an image for each part that the training set is split into."""
+        parts = ["training"]
+        if self.train_fraction < 1:
+            parts.append("validation")
+        if not has_test:
+            parts.append("the test set")
+        for name, count in zip(classes, np.bincount(labels), strict=True):
+            if count < len(parts):
+                raise UserError(
+                    f"The class folder {self.root / 'train' / name} has only {count} of the "
+                    f"{len(parts)} images that it needs, one each for {', '.join(parts)}; add "
+                    "some or remove the folder."
+                )
 
     def _part(self, folder: Path, classes: list[str]) -> FileImages:
         """The images of `train` or `test`; a class is numbered by its place among `classes`."""

@@ -366,11 +366,35 @@ def test_class_of_the_test_set_only_is_an_error(tmp_path: Path) -> None:
         ready(tmp_path)
 
 
-def test_one_class_or_one_image_is_an_error(tmp_path: Path) -> None:
+def test_one_class_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="num_classes=1"):
-        ready(fill(tmp_path / "one class", ("cat",)), num_classes=1)
-    with pytest.raises(UserError, match="only 1 image"):
-        ready(fill(tmp_path / "one image", ("cat", "dog"), n=1))
+        ready(fill(tmp_path, ("cat",)), num_classes=1)
+
+
+@pytest.mark.parametrize(
+    ("needed", "has_test", "options"),
+    [
+        (3, False, {}),
+        (2, True, {}),
+        (3, False, {"task": "train", "train_fraction": 0.9}),
+        (2, False, {"task": "train", "train_fraction": 1.0}),
+        (1, True, {"task": "train", "train_fraction": 1.0}),
+    ],
+)
+def test_a_class_of_too_few_images_is_named(
+    tmp_path: Path, needed: int, has_test: bool, options: dict[str, Any]
+) -> None:
+    fill(tmp_path, ("cat",))
+    fill(tmp_path, ("dog",), n=needed)
+    if has_test:
+        write(tmp_path / "test" / "cat" / "a.png")
+    ready(tmp_path, **options)
+    if needed == 1:
+        return
+    (tmp_path / "train" / "dog" / "0.png").unlink()
+    sentence = f"train/dog has only {needed - 1} of the {needed} images that it needs"
+    with pytest.raises(UserError, match=sentence):
+        ready(tmp_path, **options)
 
 
 @pytest.mark.slow
