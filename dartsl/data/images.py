@@ -6,13 +6,14 @@ Shapes: N images, C channels, H rows, W columns.
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from dartsl.errors import UserError
@@ -20,8 +21,16 @@ from dartsl.errors import UserError
 PIL_MODES = {1: "L", 3: "RGB"}
 """The number of channels of an image file -> how Pillow calls it."""
 
+IMAGE_SUFFIXES = (
+    ".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg",
+    ".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp",
+)  # fmt: skip
+"""Of the files that Pillow reads, those that hold a picture, and not documents, films or data."""
+
 # What Pillow raises for a broken file, one of another kind, and one of absurdly many pixels.
-_BROKEN_FILE = (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError)
+_BROKEN_FILE = (
+    OSError, RuntimeError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError
+)  # fmt: skip
 # Where Pillow's mode of 32-bit integers, "I", is of 16 bits: all PPM files, PNG until Pillow 10.3.
 _16_BITS_AS_32 = ("PNG", "PPM")
 _BITS_PER_SAMPLE = 258  # the number of a TIFF's tag
@@ -132,7 +141,7 @@ class FileImages:
 
 
 def decode(path: Path, channels: int, size: int | None) -> Tensor:
-    """One image file as uint8 [C, H, W].
+    """One image file as uint8 [C, H, W], upright, and on white where it is transparent.
 
     Args:
         path: of the file, in any format that Pillow reads.
@@ -147,7 +156,11 @@ def decode(path: Path, channels: int, size: int | None) -> Tensor:
         raise UserError(f"Cannot read the image {path}: it is no file, or is gone; remove it.")
     try:
         with Image.open(path) as file:
-            image = _of_8_bits(file, path).convert(PIL_MODES[channels])
+            _turn_upright(file)
+            image = _on_white(_of_8_bits(file, path))
+            if image.mode == "LAB":  # of which Pillow makes no grey
+                image = image.convert("RGB")
+            image = image.convert(PIL_MODES[channels])
     except UserError:
         raise
     except _BROKEN_FILE as error:
@@ -158,6 +171,13 @@ def decode(path: Path, channels: int, size: int | None) -> Tensor:
         image = _resize_centre_crop(image, size)
     pixels = torch.from_numpy(np.array(image))
     return (pixels[None] if channels == 1 else pixels.permute(2, 0, 1)).contiguous()
+
+
+def _turn_upright(file: Image.Image) -> None:
+    """Turns the image as its EXIF says: a camera that is held upright stores pictures lying."""
+    file.load()
+    with suppress(Exception):  # damaged EXIF, of which Pillow makes many kinds of errors
+        ImageOps.exif_transpose(file, in_place=True)
 
 
 def _of_8_bits(file: Image.Image, path: Path) -> Image.Image:
@@ -173,6 +193,14 @@ def _of_8_bits(file: Image.Image, path: Path) -> Image.Image:
     file.load()
     (bits,) = getattr(file, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))  # of a TIFF perhaps 12
     return Image.fromarray((np.asarray(file) * (255 / (2**bits - 1))).round().astype(np.uint8))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """The image with white behind it; `convert` would show what colour lies unseen, often black."""
+    if not image.has_transparency_data:
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 
 def _resize_centre_crop(image: Image.Image, size: int) -> Image.Image:

@@ -1,5 +1,6 @@
 """Folders of images as people have them."""
 
+import logging
 import struct
 import tarfile
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from dartsl.data import ImageFolder, count_classes
 from dartsl.data.images import decode
@@ -90,6 +91,77 @@ def test_all_kinds_of_images_become_the_channels_asked_for(tmp_path: Path, chann
     assert greys == {9}
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_lab_becomes_the_channels_asked_for(tmp_path: Path, channels: int) -> None:
+    write(tmp_path / "a.tif", "LAB", (1, 1), (255, 128, 128))
+    assert (decode(tmp_path / "a.tif", channels, None) > 250).all()  # white
+
+
+def transparent(kind: str) -> tuple[Image.Image, dict[str, Any]]:
+    """Four black pixels, the first of them opaque, and what Pillow needs to save them so."""
+    alpha = Image.frombytes("L", (4, 1), bytes([255, 0, 0, 0]))
+    if kind in ("LA", "RGBA"):
+        image = Image.new(kind, (4, 1), 0)
+        image.putalpha(alpha)
+        return image, {}
+    if kind == "P":  # palette: opaque black, unseen black
+        image = Image.frombytes("P", (4, 1), bytes([0, 1, 1, 1]))
+        image.putpalette([0] * 6)
+        return image, {"transparency": bytes([255, 0])}
+    shades = Image.frombytes("L", (4, 1), bytes([0, 9, 9, 9])).convert(kind)
+    return shades, {"transparency": 9 if kind == "L" else (9, 9, 9)}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", ["LA", "RGBA", "P", "L", "RGB"])
+def test_transparent_is_white(tmp_path: Path, kind: str, channels: int) -> None:
+    image, options = transparent(kind)
+    image.save(tmp_path / "a.png", **options)
+    assert (
+        decode(tmp_path / "a.png", channels, None)[:, 0].tolist() == [[0, 255, 255, 255]] * channels
+    )
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_an_opaque_alpha_changes_nothing(tmp_path: Path, mode: str, channels: int) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).convert(mode)
+    image.save(tmp_path / "alpha.png")
+    image.convert(mode[:-1]).save(tmp_path / "plain.png")
+    with_alpha, plain = (decode(tmp_path / f"{n}.png", channels, 8) for n in ("alpha", "plain"))
+    assert with_alpha.equal(plain)
+
+
+QUARTER_TURNS = {1: 0, 3: 2, 6: 1, 8: -1}
+"""EXIF's orientation -> how a camera with it has turned what is upright."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("jpg", np.uint8), ("png", np.uint8), ("png", np.uint16), ("tif", np.uint16)],
+)
+@pytest.mark.parametrize("orientation", QUARTER_TURNS)
+def test_photographs_are_upright(tmp_path: Path, orientation: int, kind: str, dtype: Any) -> None:
+    upright = np.repeat(np.repeat(np.array([[0, 100, 255], [255, 0, 0]], np.uint8), 16, 0), 16, 1)
+    stored = np.rot90(upright, QUARTER_TURNS[orientation]).astype(dtype)
+    stored = stored * 257 if dtype == np.uint16 else stored
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    # Pillow 13 itself scrambles grey TIFFs that are turned and not compressed.
+    options = {"exif": exif} | ({"compression": "tiff_lzw"} if kind == "tif" else {})
+    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / f"a.{kind}", **options)
+    read = decode(tmp_path / f"a.{kind}", 1, None)[0].numpy()
+    assert read.shape == upright.shape
+    assert np.abs(read.astype(int) - upright).mean() < 6  # JPEG is lossy
+
+
+def test_an_image_with_damaged_exif_is_read_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGB", (8, 4), "white").save(path, exif=b"Exif\0\0neither II nor MM")
+    assert decode(path, 3, None).shape == (3, 4, 8)
+
+
 HELD, READ_BY_WORKERS, READ = (2**31, 0), (0, 2), (0, 0)  # in_memory_limit, num_workers
 
 
@@ -138,15 +210,26 @@ def test_12_bits_become_8(tmp_path: Path) -> None:
     assert np.array_equal(decode(path, 1, None)[0], np.floor(grey / 4095 * 255 + 0.5))
 
 
-def test_a_file_of_which_pillow_makes_a_type_error(tmp_path: Path, monkeypatch) -> None:
-    """As of some damaged TIFFs of 16 bits."""
+@pytest.mark.parametrize("error", [TypeError, RuntimeError])
+def test_whatever_pillow_makes_of_a_broken_file(tmp_path: Path, monkeypatch, error: Any) -> None:
+    """TypeError of some damaged TIFFs of 16 bits, RuntimeError of damaged AVIFs."""
     write(tmp_path / "a.png")
 
     def fail(*_: Any, **__: Any) -> None:
-        raise TypeError("'NoneType' object is not subscriptable")
+        raise error("'NoneType' object is not subscriptable")
 
     monkeypatch.setattr(Image.Image, "load", fail)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+    with pytest.raises(UserError, match="repair or remove this file"):
+        decode(tmp_path / "a.png", 3, None)
+
+
+def test_a_texture_of_an_unknown_kind(tmp_path: Path) -> None:
+    """A DDS file under another suffix: Pillow says that this is not implemented."""
+    write(tmp_path / "a.dds", "RGBA")
+    texture = bytearray((tmp_path / "a.dds").read_bytes())
+    texture[80:88] = struct.pack("<I4s", 4, b"ABCD")  # the pixels' format is one of four letters
+    (tmp_path / "a.png").write_bytes(texture)
     with pytest.raises(UserError, match="repair or remove this file"):
         decode(tmp_path / "a.png", 3, None)
 
@@ -188,6 +271,42 @@ def test_stray_files_are_passed_over(tmp_path: Path) -> None:
     assert count_classes(tmp_path) == 2
     train, test = folder(tmp_path).load()
     assert len(train) + len(test) == 11
+
+
+@pytest.mark.parametrize("kind", ["gif", "jfif", "JPE", "jp2", "tga"])
+def test_images_of_every_common_kind_are_found(tmp_path: Path, kind: str) -> None:
+    for name in ("cat", "dog"):
+        for index in range(5):
+            write(tmp_path / "train" / name / f"{index}.{kind}", colour=(200, 200, 200))
+    train, test = folder(tmp_path).load()
+    assert (len(train), len(test)) == (8, 2)
+    assert train.stack().float().mean() == pytest.approx(200, abs=2)
+
+
+def test_files_passed_over_are_counted_in_one_line(tmp_path: Path, caplog) -> None:
+    cat = fill(tmp_path) / "train" / "cat"
+    names = [".hidden", "notes.txt", "a.heic", "b.HEIC", "labels", ".hidden.heic"]
+    for name in names + [f"{number}.{number:03}" for number in range(7)]:
+        (cat / name).touch()
+    with caplog.at_level(logging.WARNING):
+        folder(tmp_path).load()
+    (record,) = caplog.records
+    assert f"{tmp_path / 'train'}, as such files are not read: 2 .heic, 1 " in record.getMessage()
+    assert record.getMessage().endswith(", 5 others.")
+
+
+def test_linked_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    fill(tmp_path / "root")
+    write(tmp_path / "elsewhere" / "more" / "a.png")
+    cat = tmp_path / "root" / "train" / "cat"
+    (cat / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(cat)
+    (tmp_path / "elsewhere" / "more" / "up").symlink_to(tmp_path)  # dogs are no cats
+    write(tmp_path / "root" / "test" / "cat" / "a.png")
+    train, _ = folder(tmp_path / "root").load()
+    files = [f"cat/{name}.png" for name in (0, 1, 2, 3, 4, "linked/more/a")]
+    files += [f"dog/{index}.png" for index in range(5)]
+    assert [path.relative_to(cat.parent).as_posix() for path in train.paths] == files
 
 
 @pytest.mark.parametrize(("limit", "workers"), [HELD, READ, READ_BY_WORKERS])
@@ -247,11 +366,35 @@ def test_class_of_the_test_set_only_is_an_error(tmp_path: Path) -> None:
         ready(tmp_path)
 
 
-def test_one_class_or_one_image_is_an_error(tmp_path: Path) -> None:
+def test_one_class_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="num_classes=1"):
-        ready(fill(tmp_path / "one class", ("cat",)), num_classes=1)
-    with pytest.raises(UserError, match="only 1 image"):
-        ready(fill(tmp_path / "one image", ("cat", "dog"), n=1))
+        ready(fill(tmp_path, ("cat",)), num_classes=1)
+
+
+@pytest.mark.parametrize(
+    ("needed", "has_test", "options"),
+    [
+        (3, False, {}),
+        (2, True, {}),
+        (3, False, {"task": "train", "train_fraction": 0.9}),
+        (2, False, {"task": "train", "train_fraction": 1.0}),
+        (1, True, {"task": "train", "train_fraction": 1.0}),
+    ],
+)
+def test_a_class_of_too_few_images_is_named(
+    tmp_path: Path, needed: int, has_test: bool, options: dict[str, Any]
+) -> None:
+    fill(tmp_path, ("cat",))
+    fill(tmp_path, ("dog",), n=needed)
+    if has_test:
+        write(tmp_path / "test" / "cat" / "a.png")
+    ready(tmp_path, **options)
+    if needed == 1:
+        return
+    (tmp_path / "train" / "dog" / "0.png").unlink()
+    sentence = f"train/dog has only {needed - 1} of the {needed} images that it needs"
+    with pytest.raises(UserError, match=sentence):
+        ready(tmp_path, **options)
 
 
 @pytest.mark.slow
