@@ -141,9 +141,7 @@ class ResumableModule(pl.LightningModule):
             self.step_seed = torch.initial_seed() % 2**31
         self.finite_steps = [FiniteSteps(optimizer) for optimizer in self.trainer.optimizers]
         if self._checkpoint is None:
-            for metrics in self.modules():
-                if isinstance(metrics, EpochMetrics):
-                    metrics.reset()  # of an epoch that another fit has not ended
+            self.train_metrics.reset()  # of an epoch that another fit has not ended
             return
         counts = self._checkpoint.get("skipped_steps", [])
         for steps, state in zip(self.finite_steps, counts, strict=False):
