@@ -69,8 +69,12 @@ def _has_triton(device: torch.device) -> bool:
     # Older ones have no bfloat16. Others than Nvidia's have not been tried.
     if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
         return False
-    importlib.import_module("dartsl.native.separable_sum_gpu")
-    importlib.import_module("dartsl.native.pools_gpu")
+    try:
+        importlib.import_module("dartsl.native.separable_sum_gpu")
+        importlib.import_module("dartsl.native.pools_gpu")
+    except Exception as error:  # of a Triton that is broken, or of another version
+        log.warning("Triton cannot be loaded, PyTorch computes what it would: %s", error)
+        return False
     return True
 
 

@@ -160,8 +160,8 @@ def speed_up(
     if hardware.cuda_graphs and device.type == "cuda":
         reasons = {
             "hardware.recompute=true": hardware.recompute,
-            "hardware.compile=reduce-overhead, which has its own": hardware.compile
-            == "reduce-overhead",
+            f"hardware.compile={hardware.compile}, which has its own": hardware.compile
+            in ("reduce-overhead", "max-autotune"),
             "trainer.sync_batchnorm=true": cfg.trainer.sync_batchnorm,
             "a hypergradient that differentiates twice": differentiated_twice,
         }

@@ -107,7 +107,7 @@ class SearchModule(ResumableModule):
         optimizer.zero_grad()  # a hypergradient may add to what it finds
         gradients = self.hypergradient(self.bilevel_problem(train, val))
         for alpha, gradient in zip(steps.parameters, gradients, strict=True):
-            alpha.grad = gradient
+            alpha.grad = torch.empty_like(alpha).copy_(gradient)  # as fused optimizers need it
         steps.admit()
         # Not through Lightning's wrapper: one batch is one global_step.
         optimizer.step()

@@ -7,6 +7,7 @@ a pass reads (weights, alphas, running statistics, random numbers) it reads wher
 """
 
 import functools
+import gc
 import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,7 +39,9 @@ def replay_passes(network: nn.Module, device: torch.device | str) -> bool:
     if torch.device(device).type != "cuda":
         log.warning("CUDA graphs need a GPU: the network runs without.")
         return False
-    network.forward = Replay(network)
+    gc.collect()  # networks of runs before: they and their graphs, which hold memory, are a circle
+    replay = Replay(network)
+    network.forward, network._apply = replay, replay.move  # type: ignore[method-assign]
     return True
 
 
@@ -56,6 +59,7 @@ class Replay:
     def __init__(self, network: nn.Module) -> None:
         self.network = network
         self.compute: Callable[[Tensor], Outputs] = network.forward
+        self.apply = network._apply
         self.parameters = list(network.parameters())
         self.names = [f"network.{name}" for name, _ in network.named_parameters()]
         self.passes: dict[Hashable, Pass] = {}
@@ -65,19 +69,28 @@ class Replay:
 
     def __call__(self, x: Tensor) -> Outputs:
         """What the network makes of x [B, C, H, W]."""
+        if x.requires_grad and torch.is_grad_enabled():
+            return self.compute(x)  # whose gradient no pass has captured
         key = self._kind(x)
         if key not in self.passes:
             if len(self.passes) == MAX_PASSES:
                 return self.compute(x)
-            try:
-                self.passes[key] = Pass(self, x)
-            except RuntimeError as error:
-                return self._give_up(x, error)
+            reason = self._capture(key, x)
+            if reason is not None:
+                return self._give_up(x, reason)
         found = self.passes[key]
         outputs: Iterator[Tensor] = iter(Replayed.apply(found, x, *found.inputs))
         if not found.is_tuple:
             return next(outputs)
         return tuple(next(outputs) if is_tensor else None for is_tensor in found.filled)
+
+    def move(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """The network's `_apply`: what was captured reads where weights and buffers were before.
+
+        Lightning moves a network to the CPU after a fit, and back for a test.
+        """
+        self.passes.clear()
+        return self.apply(function, recurse)
 
     def _kind(self, x: Tensor) -> Hashable:
         wanted = tuple(p.requires_grad for p in self.parameters) if torch.is_grad_enabled() else ()
@@ -85,10 +98,21 @@ class Replay:
         network: Any = self.network
         return x.shape, x.dtype, wanted, precision, network.training, network.variant()
 
-    def _give_up(self, x: Tensor, error: RuntimeError) -> Outputs:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    def _capture(self, key: Hashable, x: Tensor) -> str | None:
+        """Capture a pass; returns what keeps it from being a graph, in words."""
+        try:
+            self.passes[key] = Pass(self, x)
+        except RuntimeError as error:
+            return (str(error).strip() or type(error).__name__).splitlines()[0]
+        return None
+
+    def _give_up(self, x: Tensor, reason: str) -> Outputs:
         log.warning("This network cannot be a CUDA graph, it runs without: %s", reason)
         self.network.forward = self.compute
+        # Memory may be what was lacking, of which the passes hold much.
+        self.passes.clear()
+        gc.collect()
+        torch.cuda.empty_cache()
         return self.compute(x)
 
 

@@ -195,6 +195,44 @@ def test_a_network_that_waits_for_the_gpu_runs_without(caplog) -> None:
 
 
 @on_gpu
+@pytest.mark.parametrize("build", [supernet, final])
+def test_a_network_that_was_moved_is_captured_anew(build) -> None:
+    """As Lightning moves it between a fit and a test: the weights lie elsewhere then."""
+    plain, graphed = pair(build)
+    for round in range(3):
+        with torch.inference_mode():
+            found, expected = (value.eval()(batch(round)[0]) for value in (graphed, plain))
+        found, expected = (value[0] if isinstance(value, tuple) else value
+                           for value in (found, expected))  # fmt: skip
+        assert torch.allclose(found, expected, rtol=1e-9, atol=1e-11)
+        assert passes_of(graphed)
+        for network in (graphed, plain):
+            network.cpu()
+            with torch.no_grad():
+                for parameter in network.parameters():
+                    parameter.mul_(1.1)
+        assert not passes_of(graphed)
+        torch.cuda.empty_cache()
+        elsewhere = torch.randn(10**6, device="cuda")
+        for network in (graphed, plain):
+            network.cuda()
+    assert elsewhere.isfinite().all()
+
+
+@on_gpu
+def test_gradients_of_images_are_computed() -> None:
+    plain, graphed = pair(supernet)
+    found = []
+    for network in (graphed, plain):
+        step(network, 0)
+        x, y = batch(1)
+        F.cross_entropy(network(x.requires_grad_()), y).backward()
+        found.append(x.grad)
+    assert torch.allclose(*found, rtol=1e-9, atol=1e-11)
+    assert found[0].abs().max() > 0
+
+
+@on_gpu
 def test_a_limited_number_of_kinds_is_kept() -> None:
     plain, graphed = pair(supernet)
     with torch.no_grad():
