@@ -42,6 +42,7 @@ class BilevelProblem:
         buffers: gives the tensors that a loss changes as it is computed (running statistics); what
             happens to them at the virtual weights is undone.
         average: from this process' gradients to those of all processes.
+        may_overflow: whether gradients are of float16, which is no mistake where they overflow.
     """
 
     train_loss: Loss
@@ -52,6 +53,7 @@ class BilevelProblem:
     virtual_direction: Callable[[Tensors], Tensors] = field(default=lambda gradients: gradients)
     buffers: Callable[[], Tensors] = list
     average: Average = list
+    may_overflow: bool = False
 
 
 class Hypergradient(Protocol):
@@ -115,8 +117,9 @@ class Unrolled:
             product = exact_product(problem.train_loss, weights, alphas, vector, problem.average)
         else:
             product = finite_difference_product(
-                problem.train_loss, weights, alphas, vector, self.epsilon_scale, problem.average
-            )
+                problem.train_loss, weights, alphas, vector, self.epsilon_scale, problem.average,
+                problem.may_overflow,
+            )  # fmt: skip
         return list(torch._foreach_add(direct, product, alpha=-problem.xi))
 
 
@@ -141,6 +144,7 @@ def finite_difference_product(
     vector: Sequence[Tensor],
     epsilon_scale: float = 0.01,
     average: Average = list,
+    may_overflow: bool = False,
 ) -> Tensors:
     """d2 L / (d alpha d w) . v as a central difference of alpha gradients (Eq. 8).
 
@@ -152,6 +156,8 @@ def finite_difference_product(
         vector: v, in the shapes of `weights`.
         epsilon_scale: epsilon = epsilon_scale / ||v||, the norm over all weights.
         average: of `BilevelProblem`; v is the mean over all processes already.
+        may_overflow: whether v may be infinite or NaN. Then the product is NaN, but no pass has seen
+            weights that are, and running statistics stay finite.
 
     Returns:
         (g+ - g-) / (2 epsilon), in the shapes of `alphas`; zeros where v is zero. Both passes run
@@ -162,6 +168,8 @@ def finite_difference_product(
     # A tensor, not a number: reading it would make a GPU wait. v = 0 gives a finite epsilon.
     epsilon = epsilon_scale / norm.clamp_min(torch.finfo(norm.dtype).tiny)
     step = torch._foreach_mul(list(vector), epsilon)
+    if may_overflow:
+        step = tuple(torch.where(norm.isfinite(), part, 0.0) for part in step)
     saved = _copies(weights)
     # In half precision the difference of two gradients so close would be noise.
     full_precision = torch.autocast(norm.device.type, enabled=False)

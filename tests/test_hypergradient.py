@@ -540,3 +540,24 @@ def test_a_misspelt_product_names_the_choices() -> None:
 def test_an_epsilon_scale_is_positive(scale) -> None:
     with pytest.raises(UserError, match=r"epsilon_scale is .*; it must be positive"):
         Unrolled(epsilon_scale=scale)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_an_overflow_reaches_no_running_statistics(bad) -> None:
+    """The step of alpha is skipped for it, but what BatchNorm has seen would stay NaN."""
+    torch.manual_seed(0)
+    norm, x = nn.BatchNorm1d(3).double(), torch.randn(8, 3, dtype=torch.float64)
+    weights, alpha = [torch.randn(3, 3, dtype=torch.float64, requires_grad=True)], scalar(0.5)
+    vector = [torch.ones_like(weights[0])]
+    vector[0][1, 1] = bad
+    before = weights[0].detach().clone()
+
+    def loss() -> Tensor:
+        return (alpha * norm(x @ weights[0])).square().sum()
+
+    (product,) = finite_difference_product(loss, weights, [alpha], vector, may_overflow=True)
+    assert product.isnan().all()
+    assert norm.running_mean.isfinite().all()
+    assert norm.running_var.isfinite().all()
+    assert norm.num_batches_tracked == 2
+    assert torch.equal(weights[0], before)

@@ -157,6 +157,7 @@ class SearchModule(ResumableModule):
             virtual_direction=lambda gradients: sgd_direction(weight_optimizer, gradients),
             buffers=lambda: list(self.supernet.buffers()),
             average=unscaled_average,
+            may_overflow=scale is not None,
         )
 
     def loss_scale(self) -> Tensor | None:
