@@ -156,7 +156,7 @@ def finite_difference_product(
         vector: v, in the shapes of `weights`.
         epsilon_scale: epsilon = epsilon_scale / ||v||, the norm over all weights.
         average: of `BilevelProblem`; v is the mean over all processes already.
-        may_overflow: whether v may be infinite or NaN. Then the product is NaN, but no pass has seen
+        may_overflow: whether v may be infinite or NaN. Then the product is NaN, but no pass sees
             weights that are, and running statistics stay finite.
 
     Returns:
