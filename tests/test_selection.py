@@ -169,8 +169,10 @@ def test_a_single_search_has_the_name_of_its_folder(tmp_path: Path, monkeypatch)
 
 def test_a_search_may_be_called_random(tmp_path: Path) -> None:
     """And is none of the baseline's, of which none takes its name."""
-    for name in ("random_0", "random_search"):
+    for number, name in enumerate(("random_0", "random_search")):
         keep(tmp_path / name, "darts_v1", {"task": "search"})
+        usual = random_genotype(SearchSpace(), number)  # whose size most have
+        usual.save(tmp_path / name / "genotype.yaml")
     drawn = candidates(tmp_path, f"run_dir={tmp_path}", "random_cells=3")
     assert [each.is_random for each in drawn] == [False, False, True, True, True]
     assert len({each.name for each in drawn}) == 5

@@ -139,7 +139,6 @@ VALIDATIONS = {
     "no_validation": ({"limit_val_batches": 0}, 0),
     "validation_of_every_second_epoch": ({"check_val_every_n_epoch": 2}, 1),
     "validation_within_epochs": ({"val_check_interval": 2}, 3),
-    "validation_after_every_batch": ({"val_check_interval": 1}, 9),
 }
 
 
