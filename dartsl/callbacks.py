@@ -236,13 +236,12 @@ class EpochLines(pl.Callback):
     def __init__(self, console: Console | None = None) -> None:
         self.console = console
         self.epoch: int | None = None
-        self.validated = False
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remember the epoch: its last metrics are logged after the callbacks' turn."""
         assert isinstance(pl_module, ResumableModule)
         if pl_module.epoch_is_complete():
-            self.epoch, self.validated = trainer.current_epoch, pl_module.epoch_is_validated()
+            self.epoch = trainer.current_epoch
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the epoch before."""
@@ -260,7 +259,7 @@ class EpochLines(pl.Callback):
         metrics = {
             name.split("/")[1]: value.item()
             for name, value in trainer.callback_metrics.items()
-            if name.startswith(("search/", "train/")) and (self.validated or "/val_" not in name)
+            if name.startswith(("search/", "train/")) and pl_module.is_of_epoch(name, self.epoch)
         }
         genotype = pl_module.genotype() if isinstance(pl_module, SearchModule) else None
         console = self.console or rich.get_console()

@@ -51,7 +51,7 @@ class History(pl.callbacks.Checkpoint):
             "metrics": {
                 name: value
                 for name, value in epoch_metrics(trainer).items()
-                if pl_module.epoch_is_validated() or "/val_" not in name
+                if pl_module.is_of_epoch(name, trainer.current_epoch)
             },
         }
         if isinstance(pl_module, SearchModule):

@@ -115,10 +115,10 @@ class ResumableModule(pl.LightningModule):
             return None
         return max(1, math.ceil(trainer.max_steps / trainer.num_training_batches))
 
-    def epoch_is_validated(self) -> bool:
-        """Whether the epoch has a validation; Lightning keeps the numbers of the last one."""
+    def is_of_epoch(self, name: str, epoch: int) -> bool:
+        """Whether a logged number is of this epoch; those of a validation stay until the next."""
         every = self.trainer.check_val_every_n_epoch
-        return every is None or (self.current_epoch + 1) % every == 0
+        return "/val_" not in name or every is None or (epoch + 1) % every == 0
 
     def epoch_is_complete(self) -> bool:
         """Whether every batch of the epoch was trained on (not so when max_steps ends a run)."""
