@@ -6,7 +6,8 @@ validation accuracy after a short training from scratch is kept. The test set is
 
 import csv
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,8 +27,8 @@ from dartsl.config import (
 from dartsl.distributed import is_first_process
 from dartsl.errors import UserError, unknown
 from dartsl.files import CONFIG_FILE, RESULT_FILE, whole_file
-from dartsl.genotype import GENOTYPE_FILE, Genotype
-from dartsl.search_space import SearchSpace, random_genotype
+from dartsl.genotype import GENOTYPE_FILE, Edge, Genotype
+from dartsl.search_space import CELL_KINDS, SearchSpace, random_genotype
 from dartsl.sweep import load_result, natural
 from dartsl.terminal import print_command
 
@@ -166,10 +167,42 @@ def _config(folder: Path) -> DictConfig | None:
 def _candidate(
     cfg: DictConfig, name: str, genotype: Genotype, is_random: bool = False
 ) -> Candidate:
+    folder = Path(cfg.output_dir) / name
+    return Candidate(name, genotype, _num_parameters(cfg, genotype), folder, is_random)
+
+
+def _num_parameters(cfg: DictConfig, genotype: Genotype) -> int:
     with torch.device("meta"):  # counted, not made
         network = build(cfg.network)(genotype=genotype, auxiliary=False)
-    num_parameters = sum(parameter.numel() for parameter in network.parameters())
-    return Candidate(name, genotype, num_parameters, Path(cfg.output_dir) / name, is_random)
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def quick_count(count: Callable[[Genotype], int], space: SearchSpace) -> Callable[[Genotype], int]:
+    """Counts as `count` does the parameters of random genotypes' networks, but builds few of them.
+
+    To build one takes a good part of a second, and of thousands drawn few may be as small as those
+    found. What an operation has is the difference that it makes in a network where it takes
+    another's place; in reduction cells it may depend on whether it reads an input of the cell.
+    """
+    usual = random_genotype(space, 0)
+
+    def with_last(kind: str, edge: Edge) -> Genotype:
+        edges = getattr(usual, kind)
+        return replace(usual, **{kind: (*edges[:-2], (edges[-2][0], 0), edge)})
+
+    @cache
+    def share(kind: str, primitive: str, reads_input: bool) -> int:
+        return count(with_last(kind, (primitive, 1 if reads_input else 2)))
+
+    def shares(genotype: Genotype) -> int:
+        return sum(
+            share(kind, primitive, source < 2)
+            for kind in CELL_KINDS
+            for primitive, source in getattr(genotype, kind)
+        )
+
+    constant = count(usual) - shares(usual)
+    return lambda genotype: constant + shares(genotype)
 
 
 def random_candidates(
@@ -183,13 +216,14 @@ def random_candidates(
     sizes = [candidate.num_parameters for candidate in found]
     smallest, largest = min(sizes) * (1 - _LIKE_SIZE), max(sizes) * (1 + _LIKE_SIZE)
     taken = {candidate.name for candidate in found}
+    count = quick_count(lambda genotype: _num_parameters(cfg, genotype), space)
     candidates: list[Candidate] = []
     for seed in range(_MAX_DRAWS):
         if len(candidates) >= cfg.random_cells:
             return candidates
-        drawn = _candidate(cfg, f"random_{seed}", random_genotype(space, seed), is_random=True)
-        if smallest <= drawn.num_parameters <= largest and drawn.name not in taken:
-            candidates.append(drawn)
+        name, genotype = f"random_{seed}", random_genotype(space, seed)
+        if smallest <= count(genotype) <= largest and name not in taken:
+            candidates.append(_candidate(cfg, name, genotype, is_random=True))
     raise UserError(
         f"Of {_MAX_DRAWS:,} random cells only {len(candidates)} have between {smallest:,.0f} and "
         f"{largest:,.0f} parameters: lower random_cells={cfg.random_cells}."

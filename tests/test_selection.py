@@ -10,8 +10,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 
 from dartsl.genotype import Genotype, published
+from dartsl.networks import FinalNetwork
 from dartsl.search_space import SearchSpace, random_genotype
-from dartsl.selection import Candidate, find_candidates, training_of
+from dartsl.selection import Candidate, find_candidates, quick_count, training_of
 from tests.test_run import (  # noqa: F401
     CONF,
     SMALL_TRAIN,
@@ -188,6 +189,24 @@ def test_random_cells_are_of_the_space_that_was_searched(tmp_path: Path) -> None
     _, *drawn = candidates(tmp_path, f"run_dir={tmp_path}", "random_cells=8")
     assert set().union(*(each.genotype.primitives for each in drawn)) == set(primitives[1:])
     assert all(len(each.genotype.normal) == 6 for each in drawn)
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 4])
+def test_networks_are_counted_without_being_built(nodes: int) -> None:
+    built = []
+
+    def count(genotype: Genotype) -> int:
+        built.append(genotype)
+        network = FinalNetwork(genotype, channels=4, num_cells=5, auxiliary=False)
+        return sum(parameter.numel() for parameter in network.parameters())
+
+    space = SearchSpace(num_intermediate_nodes=nodes)
+    genotypes = [random_genotype(space, seed) for seed in range(100, 110)]
+    quick = quick_count(count, space)
+    counted = [quick(genotype) for genotype in genotypes]
+    assert len(built) <= 1 + 2 * 2 * 7  # kinds of cell, places and primitives
+    assert counted == [count(genotype) for genotype in genotypes]
+    assert len(set(counted)) > 5
 
 
 def test_its_trainings_are_no_trainings_to_weights_and_biases(tmp_path: Path) -> None:
