@@ -252,6 +252,12 @@ def check_virtual_step(optimizer: torch.optim.Optimizer) -> None:
             f"nesterov, dampening or maximize), not of {type(optimizer).__name__}: choose such an "
             "SGD for the weights, or method=darts_first_order."
         )
+    rates = {float(group["lr"]) for group in optimizer.param_groups}
+    if len(rates) > 1:
+        raise UserError(
+            "The unrolled hypergradient knows one learning rate, xi, but the optimizer's groups of "
+            f"weights have {sorted(rates)}: give them one, or choose method=darts_first_order."
+        )
 
 
 def _random_numbers_come_again(device: torch.device) -> AbstractContextManager[None]:
@@ -259,7 +265,8 @@ def _random_numbers_come_again(device: torch.device) -> AbstractContextManager[N
 
     Of two samples the difference, divided by 2 epsilon, would be noise.
     """
-    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+    others = [] if device.type == "cpu" else [device]
+    return torch.random.fork_rng(others, device_type=device.type)
 
 
 @contextmanager

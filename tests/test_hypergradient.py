@@ -528,6 +528,15 @@ def test_an_optimizer_of_another_step_is_refused(factory) -> None:
         sgd_direction(optimizer, [torch.ones(1)])
 
 
+def test_groups_of_several_learning_rates_are_refused() -> None:
+    """Which one virtual step of length xi is not."""
+    groups = [{"params": [scalar(1.0)]}, {"params": [scalar(2.0)], "lr": 0.2}]
+    with pytest.raises(UserError, match=r"one learning rate, xi, .* have \[0\.1, 0\.2\]"):
+        check_virtual_step(torch.optim.SGD(groups, lr=0.1))
+    groups[1] |= {"lr": 0.1, "weight_decay": 0.3}
+    check_virtual_step(torch.optim.SGD(groups, lr=0.1))
+
+
 # What a person may misspell
 
 
