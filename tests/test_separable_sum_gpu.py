@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dartsl import operations, separable
 from dartsl.batch_norm import following_together
 from dartsl.depthwise import DepthwiseConv2d
+from dartsl.errors import UserError
 from dartsl.fused import Precision
 from dartsl.native.separable import KERNELS
 from dartsl.native.separable_sum import MAX_GROUPS
@@ -441,3 +442,15 @@ def test_which_chains_are_summed(here) -> None:
     assert not can_sum([affine], x, rows[:1])
     single[0].norm.eval()
     assert not can_sum([single, double], x, rows[:2])
+
+
+def test_sizes_that_do_not_compile_end_in_one_sentence() -> None:
+    class OutOfResources(triton.errors.TritonError):
+        pass
+
+    def operation(x: Tensor) -> Tensor:
+        raise OutOfResources("out of resource: shared memory\nsee elsewhere")
+
+    guarded = triton_sums.on_its_device(operation)
+    with pytest.raises(UserError, match=r"\(out of resource: shared memory\): .*DARTSL_NATIVE=0"):
+        guarded(torch.zeros(1))

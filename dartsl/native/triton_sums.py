@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dartsl.errors import UserError
+
 MULTIPROCESSORS = 132  # of a Hopper GPU
 PARTS = 4096  # numbers that a program adds at once: what registers hold
 
@@ -251,11 +253,21 @@ def share(pixels: int, block: int, columns: int, resident: int = 4) -> tuple[int
 
 
 def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The operation, whose kernels run where its first tensor is; Triton asks PyTorch where."""
+    """The operation, whose kernels run where its first tensor is; Triton asks PyTorch where.
+
+    What was tried before first use may still not compile for other sizes.
+    """
 
     @functools.wraps(function)
     def guarded(first: Tensor, *rest: Any) -> Any:
-        with torch.cuda.device_of(first):
-            return function(first, *rest)
+        try:
+            with torch.cuda.device_of(first):
+                return function(first, *rest)
+        except triton.errors.TritonError as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"Triton makes no kernels of these sizes ({reason}): set the environment variable "
+                "DARTSL_NATIVE=0, and PyTorch computes what they would."
+            ) from error
 
     return guarded

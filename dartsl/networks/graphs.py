@@ -30,7 +30,8 @@ def replay_passes(network: nn.Module, device: torch.device | str) -> bool:
 
     Args:
         network: a `Supernet` or `FinalNetwork`, or one that also says by a method `variant` what
-            its passes depend on beside tensors; its modules stay as they are.
+            its passes depend on beside tensors; its modules stay as they are, in training or in
+            evaluation mode as a whole.
         device: where it will run.
 
     Returns:
@@ -141,6 +142,7 @@ class Pass:
         self.inputs = [p for p in replay.parameters if p.requires_grad and grad_enabled]
         device = x.device.type
         with (
+            torch.cuda.device(x.device),
             # What stays is no tensor of inference mode, in which Lightning validates.
             torch.inference_mode(False),
             torch.set_grad_enabled(grad_enabled),
