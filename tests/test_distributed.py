@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ HYPERGRADIENTS = {
     "exact": Unrolled("exact"),
 }
 KINDS = [*HYPERGRADIENTS, "train"]
+WITH_STATISTICS = KINDS[1:]  # of the batch; first order takes no step that these do not
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=3e-4)
 
 
@@ -133,9 +135,12 @@ def train() -> None:
     With fixed statistics in 1 and 3 processes ("one", "three"); with those of the batch in one
     process ("batch"), in 2 with each one's own ("own") and with the same in both ("same").
     """
-    names = {"one": 1, "three": 3, "batch": 1, "own": 2, "same": 2}
-    for kind, (name, number) in itertools.product(KINDS, names.items()):
-        fixed = [FixedStatistics()] if name in ("one", "three") else []
+    fixed_names, names = {"one": 1, "three": 3}, {"batch": 1, "own": 2, "same": 2}
+    for kind, (name, number) in (
+        *itertools.product(KINDS, fixed_names.items()),
+        *itertools.product(WITH_STATISTICS, names.items()),
+    ):
+        fixed = [FixedStatistics()] if name in fixed_names else []
         keeper = AllRanks(f"{kind}-{name}.pt")
         trainer = make_trainer(number, keeper, *fixed, sync_batchnorm=name == "same")
         trainer.fit(make_module(kind), DataLoader(Shares(kind != "train"), batch_size=None))
@@ -162,7 +167,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     return {path.stem: torch.load(path, weights_only=True) for path in folder.glob("*.pt")}
 
 
-@pytest.mark.slow
+def of_found(test: Callable[..., None]) -> Callable[..., None]:
+    """A test of what was `found`, for which one of pytest's processes runs all of them."""
+    return pytest.mark.slow(pytest.mark.xdist_group("found")(test))
+
+
+@of_found
 @pytest.mark.parametrize("kind", KINDS)
 def test_processes_find_what_one_finds(kind: str, found: dict[str, torch.Tensor]) -> None:
     """With normalisation in evaluation mode; the last batch is short and uneven."""
@@ -175,8 +185,8 @@ def test_processes_find_what_one_finds(kind: str, found: dict[str, torch.Tensor]
     assert (alone - start).abs().max() > 1e-3
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@of_found
+@pytest.mark.parametrize("kind", WITH_STATISTICS)
 def test_processes_agree_bit_for_bit(kind: str, found: dict[str, torch.Tensor]) -> None:
     """With each process' own batch statistics."""
     first, second = found[f"{kind}-own"]
@@ -184,8 +194,8 @@ def test_processes_agree_bit_for_bit(kind: str, found: dict[str, torch.Tensor]) 
     assert not torch.equal(first, found[f"{kind}-one"][0])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@of_found
+@pytest.mark.parametrize("kind", WITH_STATISTICS)
 def test_with_the_statistics_of_all_batches_processes_find_what_one_finds(
     kind: str, found: dict[str, torch.Tensor]
 ) -> None:

@@ -16,6 +16,7 @@ from dartsl.operations import DilatedConv
 needs_compiler = pytest.mark.skipif(not build.is_built(), reason="no C compiler on this machine")
 ROOT = Path(__file__).parents[1]
 KERNEL = torch.zeros(9)
+LITTLE = "int nothing(void) { return 0; }"  # C code that is compiled in no time
 
 
 @pytest.fixture
@@ -52,8 +53,18 @@ def test_no_memory_is_an_error(name, sizes, others) -> None:
         build.call(name, torch.float32, sizes, *others)
 
 
+@pytest.fixture
+def little(tmp_path, monkeypatch) -> Path:
+    """A source of the C code that is `LITTLE`."""
+    source = tmp_path / "source" / "kernels.c"
+    source.parent.mkdir()
+    source.write_text(LITTLE)
+    monkeypatch.setattr(build, "SOURCE", source)
+    return source
+
+
 @needs_compiler
-def test_it_is_built_once(fresh, monkeypatch) -> None:
+def test_it_is_built_once(fresh, little, monkeypatch) -> None:
     assert build.library() is not None
     (built,) = fresh.iterdir()
     assert built.suffix == ".so"
@@ -87,15 +98,18 @@ def test_without_it_everything_is_computed(fresh, monkeypatch, tmp_path, problem
 
 
 @needs_compiler
-def test_a_home_that_cannot_be_written_is_done_without(fresh, monkeypatch) -> None:
+def test_a_home_that_cannot_be_written_is_done_without(fresh, little, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     assert build.library() is not None
 
 
 @needs_compiler
 @pytest.mark.slow
-def test_several_processes_build_it_at_once(tmp_path) -> None:
-    command = "from dartsl.native import build; assert build.library() is not None"
+def test_several_processes_build_it_at_once(tmp_path, little) -> None:
+    command = (
+        "from pathlib import Path; from dartsl.native import build; "
+        f"build.SOURCE = Path({str(little)!r}); assert build.library() is not None"
+    )
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     running = [
         subprocess.Popen([sys.executable, "-c", command], cwd=ROOT, env=environment)

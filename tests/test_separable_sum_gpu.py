@@ -95,7 +95,7 @@ def test_a_sum_of_chains(case) -> None:
     assert_equal(case, torch.float32)
 
 
-@pytest.mark.parametrize("case", [SUMS[1], SUMS[2], SUMS[4]], ids=str)
+@pytest.mark.parametrize("case", [SUMS[2], SUMS[4], SUMS[5]], ids=str)
 def test_a_sum_of_chains_that_is_scaled_and_shifted(case) -> None:
     assert_equal(case, torch.float32, affine=True)
 
@@ -106,7 +106,7 @@ def test_a_sum_of_chains_in_half_precision(dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "dtype"), list(zip(itertools.cycle(SUMS[:2]), TYPES, strict=False)), ids=str
+    ("case", "dtype"), list(zip(itertools.cycle(SUMS[1:3]), TYPES, strict=False)), ids=str
 )
 def test_where_programs_are_enough_each_sums_all_chains(case, dtype, monkeypatch) -> None:
     """Otherwise each computes one chain's part of the gradient, of fewer pixels."""
@@ -246,18 +246,16 @@ def test_kernels_are_tried_before_they_are_used(trial, caplog) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("which", ["sum", "gradient", "evaluation"])
-def test_kernels_that_find_something_else_are_not_used(trial, which, monkeypatch, caplog) -> None:
-    name = "separable_sum_backward" if which == "gradient" else "separable_sum"
-    right = getattr(torch.ops.dartsl, name)
+def test_kernels_that_find_something_else_are_not_used(trial, monkeypatch, caplog) -> None:
+    """What else there may be is in `tests/test_fused.py`."""
+    right = torch.ops.dartsl.separable_sum_backward
 
     def wrong(*inputs):
         found = right(*inputs)
-        if which == "gradient" or bool(inputs[-1]) == (which == "evaluation"):
-            found[-1 if which == "gradient" else 0] *= 1.01
+        found[-1] *= 1.01
         return found
 
-    monkeypatch.setattr(torch.ops.dartsl, name, wrong)
+    monkeypatch.setattr(torch.ops.dartsl, "separable_sum_backward", wrong)
     assert not trial()
     (line,) = caplog.messages
     assert "separable convolutions do not work on this GPU, PyTorch computes it: they are" in line
