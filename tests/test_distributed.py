@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,6 +53,7 @@ HYPERGRADIENTS = {
     "exact": Unrolled("exact"),
 }
 KINDS = [*HYPERGRADIENTS, "train"]
+CHEAP = ("first_order", "train")
 WITH_STATISTICS = KINDS[1:]  # of the batch; first order takes no step that these do not
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=3e-4)
 
@@ -130,7 +130,7 @@ def make_trainer(processes: int, *callbacks: pl.Callback, **options: Any) -> pl.
 
 
 def train() -> None:
-    """Two epochs of two steps of each kind; writes <kind>-<name>.pt.
+    """An epoch or two, of two steps, of each kind; writes <kind>-<name>.pt.
 
     With fixed statistics in 1 and 3 processes ("one", "three"); with those of the batch in one
     process ("batch"), in 2 with each one's own ("own") and with the same in both ("same").
@@ -142,7 +142,8 @@ def train() -> None:
     ):
         fixed = [FixedStatistics()] if name in fixed_names else []
         keeper = AllRanks(f"{kind}-{name}.pt")
-        trainer = make_trainer(number, keeper, *fixed, sync_batchnorm=name == "same")
+        options = {"sync_batchnorm": name == "same", "max_epochs": 2 if kind in CHEAP else 1}
+        trainer = make_trainer(number, keeper, *fixed, **options)
         trainer.fit(make_module(kind), DataLoader(Shares(kind != "train"), batch_size=None))
 
 
@@ -167,12 +168,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     return {path.stem: torch.load(path, weights_only=True) for path in folder.glob("*.pt")}
 
 
-def of_found(test: Callable[..., None]) -> Callable[..., None]:
-    """A test of what was `found`, for which one of pytest's processes runs all of them."""
-    return pytest.mark.slow(pytest.mark.xdist_group("found")(test))
-
-
-@of_found
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_processes_find_what_one_finds(kind: str, found: dict[str, torch.Tensor]) -> None:
     """With normalisation in evaluation mode; the last batch is short and uneven."""
@@ -185,7 +181,7 @@ def test_processes_find_what_one_finds(kind: str, found: dict[str, torch.Tensor]
     assert (alone - start).abs().max() > 1e-3
 
 
-@of_found
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", WITH_STATISTICS)
 def test_processes_agree_bit_for_bit(kind: str, found: dict[str, torch.Tensor]) -> None:
     """With each process' own batch statistics."""
@@ -194,7 +190,7 @@ def test_processes_agree_bit_for_bit(kind: str, found: dict[str, torch.Tensor]) 
     assert not torch.equal(first, found[f"{kind}-one"][0])
 
 
-@of_found
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", WITH_STATISTICS)
 def test_with_the_statistics_of_all_batches_processes_find_what_one_finds(
     kind: str, found: dict[str, torch.Tensor]
@@ -519,7 +515,7 @@ def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_a_sweep_with_two_processes_a_job(tmp_path: Path) -> None:
-    """Each job runs once, in its own folder, and a folder is not used twice."""
+    """Each job runs once, in its own folder."""
     search = ("experiment=search_digits", *TINY, "data.batch_size=8", "supernet.channels=4")
     done = command(tmp_path, "-m", *search, "seed=0,1", "hydra.sweep.dir=here")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -528,9 +524,6 @@ def test_a_sweep_with_two_processes_a_job(tmp_path: Path) -> None:
         assert done.stdout.count(f"Genotype: here/{job}/genotype.yaml") == 1
         assert len(Genotype.load(tmp_path / "here" / job / "genotype.yaml").normal) == 8
     assert sorted(path.name for path in tmp_path.rglob("last.ckpt*")) == ["last.ckpt"] * 2
-    again = command(tmp_path, *search, "hydra.run.dir=here/0")
-    assert again.returncode == 1
-    assert "holds a run already" in again.stderr
 
 
 @pytest.mark.slow

@@ -29,8 +29,6 @@ from tests.wandb_file import OfflineRun
 
 ROOT = Path(__file__).parents[1]
 SPACE = SearchSpace()
-# One of pytest's processes runs all tests, and so what `runs` needs once.
-pytestmark = pytest.mark.xdist_group("loggers")
 
 
 @pytest.fixture(autouse=True)
