@@ -161,25 +161,25 @@ class SearchModule(ResumableModule):
             may_overflow=scale is not None,
         )
 
-    @property
     def scaler(self) -> torch.amp.GradScaler | None:
         """Under 16-mixed, what keeps small gradients from vanishing in float16."""
         return getattr(self.trainer.precision_plugin, "scaler", None)
 
     def loss_scale(self) -> Tensor | None:
         """The scaler's factor; None where there is no scaler."""
-        ones = torch.ones((), device=self.device)
-        return None if self.scaler is None else cast(Tensor, self.scaler.scale(ones))
+        scaler = self.scaler()
+        return None if scaler is None else scaler.scale(torch.ones((), device=self.device))
 
     def tell_scaler(self, optimizer: torch.optim.Optimizer) -> None:
         """Let gradients of alpha that have overflowed lower the scale, as those of weights do.
 
         A scaler looks for them where it unscales, so they are scaled for it.
         """
-        if self.scaler is not None:
-            gradients = [parameter.grad for parameter in self.finite_steps[1].parameters]
-            torch._foreach_mul_(gradients, self.loss_scale())
-            self.scaler.unscale_(optimizer)
+        scaler = self.scaler()
+        if scaler is not None:
+            for alpha in self.finite_steps[1].parameters:
+                alpha.grad = scaler.scale(cast(Tensor, alpha.grad))
+            scaler.unscale_(optimizer)
 
     def loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Mean cross entropy and the logits [B, K]."""
