@@ -20,9 +20,8 @@ import torch
 from measuring import Report, milliseconds, parser, print_surroundings, start, surroundings, write
 from torch import Tensor
 
-WAYS = ("maxnreg=168", "maxnreg=128", "maxnreg=96", "num_warps=8", "num_warps=8,maxnreg=128",
-        "num_stages=2", "num_stages=4")  # fmt: skip
-
+WAYS = ("num_stages=2", "num_stages=4", "maxnreg=168", "maxnreg=168,num_stages=2",
+        "maxnreg=128,num_stages=2", "num_warps=8", "num_warps=8,num_stages=2")  # fmt: skip
 COLUMNS = {"milliseconds": "14.4f", "ratio": "8.2f", "registers": "12.0f", "spilled": "10.0f",
            "shared (KB)": "13.0f"}  # fmt: skip
 
