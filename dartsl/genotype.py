@@ -28,6 +28,8 @@ _FIELDS = ("normal", "normal_concat", "reduce", "reduce_concat")
 _TARGET = "dartsl.genotype.Genotype"
 # A call in the official notation; at a line's start perhaps with the name that it is given.
 _CALL = re.compile(r"(?:^[ \t]*(?:(\w+)[ \t]*=[ \t]*)+)?Genotype[ \t]*\(", re.MULTILINE)
+# What stands behind a # that is no number's ("epoch #3"), and quoted text, in which there is none.
+_COMMENT = re.compile(r"""('[^'\n]*'|"[^"\n]*")|(?:^|(?<=\s))#(?!\d)[^\n]*""", re.MULTILINE)
 _MAX_TEXT = 100_000  # characters; the largest published genotype has under 1,000
 
 
@@ -83,11 +85,14 @@ class Genotype:
         `genotype = Genotype(normal=[('sep_conv_3x3', 1), ...], normal_concat=range(2, 6), ...)`.
         Of several the last one counts, as in the log of a search, which writes one every epoch;
         but where they have names of their own, as in the official `genotypes.py`, none is chosen.
-        Only literals and `range` are understood; nothing is ever evaluated.
+        Comments do not count. Only literals and `range` are understood; nothing is ever evaluated.
 
         Raises:
             UserError: where the text holds no genotype, or different ones of several names.
         """
+        bare = _COMMENT.sub(lambda found: found[1] or "", text)
+        if "normal" in bare:  # or else a comment is all that there is
+            text = bare
         starts = {call[1]: call.end() for call in _CALL.finditer(text)}  # the last of each name
         named = {
             name: cls._read(f"Genotype({text[start : start + _MAX_TEXT]}", _read_call)
@@ -203,7 +208,7 @@ def _checked_edges(cell: str, edges: Iterable[Any]) -> tuple[Edge, ...]:
                 f"In the {cell} cell, node {node} takes {entry[0]!r} from node {entry[1]}; "
                 f"its sources are 0 to {node - 1}."
             )
-        checked.append((entry[0], int(entry[1])))
+        checked.append((str(entry[0]), int(entry[1])))  # of numpy, too
     if not checked or len(checked) % 2:
         raise UserError(f"The {cell} cell has {len(checked)} edges; each node takes exactly two.")
     return tuple(checked)
@@ -222,7 +227,7 @@ def _checked_concat(cell: str, concat: Iterable[Any], num_nodes: int) -> tuple[i
 
 
 def _is_node(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)  # of numpy, too
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _as_tuple(what: str, value: Any) -> tuple[Any, ...]:

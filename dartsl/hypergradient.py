@@ -11,6 +11,7 @@ the tensors of a `BilevelProblem` where they are. The weights are moved in place
 for bit; no model is copied.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -88,7 +89,7 @@ class Unrolled:
         differentiates_twice: whether the gradient of a loss is differentiated.
 
     Raises:
-        UserError: for an unknown product, and an epsilon_scale that is not positive.
+        UserError: for an unknown product, and an epsilon_scale that is not positive and finite.
 
     Note:
         In a network with ReLU and max pooling the two products do not converge to each other: the
@@ -99,8 +100,8 @@ class Unrolled:
     def __init__(self, product: Product = "finite_difference", epsilon_scale: float = 0.01) -> None:
         if product not in get_args(Product):
             raise unknown("product", product, get_args(Product))
-        if not epsilon_scale > 0:
-            raise UserError(f"epsilon_scale is {epsilon_scale}; it must be positive.")
+        if not 0 < epsilon_scale < math.inf:
+            raise UserError(f"epsilon_scale is {epsilon_scale}; it must be positive and finite.")
         self.product = product
         self.differentiates_twice = product == "exact"
         self.epsilon_scale = epsilon_scale
@@ -164,7 +165,9 @@ def finite_difference_product(
         in full precision, autocast or not, and where a relaxation samples they see one sample.
     """
     weights = list(weights)
-    norm = torch.stack(torch._foreach_norm(list(vector))).norm()
+    # The square of a small gradient is 0 in single precision, but not in double.
+    double = None if vector[0].device.type == "mps" else torch.float64  # which has none
+    norm = torch.stack(torch._foreach_norm(list(vector), dtype=double)).norm().to(vector[0].dtype)
     # A tensor, not a number: reading it would make a GPU wait. v = 0 gives a finite epsilon.
     epsilon = epsilon_scale / norm.clamp_min(torch.finfo(norm.dtype).tiny)
     step = torch._foreach_mul(list(vector), epsilon)
@@ -206,10 +209,14 @@ def exact_product(
     Returns:
         The product, in the shapes of `alphas`.
     """
+    moving = [(w, v) for w, v in zip(weights, vector, strict=True) if w.requires_grad]
+    value = loss()
+    if not (moving and value.requires_grad):
+        return _gradients(value, alphas, average)
     gradients = torch.autograd.grad(
-        loss(), weights, create_graph=True, allow_unused=True, materialize_grads=True
+        value, [w for w, _ in moving], create_graph=True, allow_unused=True, materialize_grads=True
     )
-    dot = torch.stack([(g * v).sum() for g, v in zip(gradients, vector, strict=True)]).sum()
+    dot = torch.stack([(g * v).sum() for g, (_, v) in zip(gradients, moving, strict=True)]).sum()
     return _gradients(dot, alphas, average)
 
 
@@ -283,11 +290,13 @@ def held_constant(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 
 def _gradients(loss: Tensor, inputs: Sequence[Tensor], average: Average) -> Tensors:
-    """Gradients of the inputs alone; zeros where the loss does not depend on one."""
-    if not loss.requires_grad:
+    """Gradients of the inputs alone; zeros of one that is frozen or not in the loss."""
+    moving = [tensor for tensor in inputs if tensor.requires_grad]
+    if not (moving and loss.requires_grad):
         return average([torch.zeros_like(tensor) for tensor in inputs])
-    gradients = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
-    return average(gradients)
+    found = torch.autograd.grad(loss, moving, allow_unused=True, materialize_grads=True)
+    gradients = iter(found)
+    return average([next(gradients) if t.requires_grad else torch.zeros_like(t) for t in inputs])
 
 
 @torch.no_grad()

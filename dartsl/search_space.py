@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from dartsl.errors import UserError, unknown
@@ -46,18 +47,17 @@ class SearchSpace:
     def __post_init__(self) -> None:
         if isinstance(self.primitives, str):
             raise UserError(f"The primitives are a list of names, not {self.primitives!r}.")
-        object.__setattr__(self, "primitives", tuple(self.primitives))
         for primitive in self.primitives:
             if primitive not in OPERATIONS:
                 raise unknown("primitive", primitive, OPERATIONS)
+        object.__setattr__(self, "primitives", tuple(map(str, self.primitives)))  # of numpy, too
         if len(set(self.primitives)) != len(self.primitives):
             raise UserError(f"A primitive stands twice in {list(self.primitives)}.")
         if not set(self.primitives) - {"none"}:
             raise UserError("A search space needs at least one primitive other than 'none'.")
-        if self.num_intermediate_nodes < 1:
-            raise UserError(
-                f"num_intermediate_nodes is {self.num_intermediate_nodes}; it is at least 1."
-            )
+        nodes = self.num_intermediate_nodes
+        if isinstance(nodes, bool) or not isinstance(nodes, Integral) or nodes < 1:
+            raise UserError(f"num_intermediate_nodes is {nodes!r}; it is a whole number from 1 on.")
 
     @property
     def edges(self) -> tuple[tuple[int, int], ...]:

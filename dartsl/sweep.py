@@ -5,6 +5,7 @@ sweep can be read again at any time, whatever launcher ran its jobs and wherever
 """
 
 import logging
+import math
 import statistics
 import traceback
 from collections.abc import Iterable, Sequence
@@ -64,7 +65,9 @@ def load_result(folder: str | Path) -> Result | None:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} holds no run's result: delete it to end the run again.") from error
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or not all(
+        isinstance(value, int | float) for value in found.values()
+    ):
         raise UserError(f"{path} holds no run's result: delete it to end the run again.")
     return found
 
@@ -101,7 +104,7 @@ class Job:
 
 def setting_of(overrides: Iterable[str]) -> tuple[str, ...]:
     """The overrides but the seed: runs that share them repeat each other."""
-    return tuple(text for text in overrides if not text.startswith("seed="))
+    return tuple(text for text in overrides if not text.lstrip("+").startswith("seed="))
 
 
 def read_jobs(sweep_dir: str | Path) -> list[Job]:
@@ -114,7 +117,7 @@ def _read_job(folder: Path) -> Job:
     overrides = yaml.safe_load((folder / _OVERRIDES_FILE).read_text(encoding="utf-8"))
     failure = folder / ERROR_FILE
     error = failure.read_text(encoding="utf-8").strip() if failure.is_file() else None
-    return Job(folder, tuple(overrides), load_result(folder), error)
+    return Job(folder, tuple(overrides or ()), load_result(folder), error)
 
 
 def natural(path: Path) -> tuple[bool, int, str]:
@@ -139,6 +142,8 @@ class Spread:
     @property
     def std(self) -> float | None:
         """The standard deviation; None for a single value, which has none."""
+        if not all(map(math.isfinite, self.values)):
+            return math.nan
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
 

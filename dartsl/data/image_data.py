@@ -370,8 +370,15 @@ class ImageDataModule(LightningDataModule):
         found = np.unique(train.labels)
         if self.num_classes < 2 or not np.array_equal(found, np.arange(self.num_classes)):
             raise UserError(
-                f"num_classes={self.num_classes}, but the training set has {len(found)} classes; "
-                "set num_classes to the classes of the data, at least 2."
+                f"num_classes={self.num_classes}, but the training set has {len(found)} classes, "
+                f"labelled {found[0]} to {found[-1]}; set num_classes to the classes of the data, "
+                "at least 2, which are labelled from 0 on."
+            )
+        unknown = test.labels[(test.labels < 0) | (test.labels >= self.num_classes)]
+        if len(unknown):
+            raise UserError(
+                f"The test set has the label {unknown[0]}, but the training set's are 0 to "
+                f"{self.num_classes - 1}."
             )
         expected = (self.in_channels, self.image_size, self.image_size)
         for images in (train, test):

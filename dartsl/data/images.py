@@ -68,10 +68,28 @@ class ImageSet(Protocol):
 
 @dataclass(frozen=True)
 class TensorImages:
-    """Images in memory: uint8 [N, C, H, W] with labels int64 [N]."""
+    """Images in memory: uint8 [N, C, H, W] with labels int64 [N].
+
+    Raises:
+        UserError: for images of another type or shape, and for other labels.
+    """
 
     images: Tensor
     labels: np.ndarray
+
+    def __post_init__(self) -> None:
+        images, labels = self.images, np.asarray(self.labels)
+        if images.dtype != torch.uint8 or images.dim() != 4:
+            raise UserError(
+                f"Images in memory are uint8 [N, C, H, W], from 0 to 255, not {images.dtype} "
+                f"{list(images.shape)}."
+            )
+        if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
+            raise UserError(
+                f"The labels of {len(images)} images are as many whole numbers, not "
+                f"{labels.dtype} {list(labels.shape)}."
+            )
+        object.__setattr__(self, "labels", labels.astype(np.int64, copy=False))
 
     @property
     def num_bytes(self) -> float:

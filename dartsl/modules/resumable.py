@@ -35,10 +35,15 @@ class EpochMetrics(nn.Module):
     """Mean loss and accuracy over the examples of an epoch, kept in the state_dict.
 
     Sums are of float32 in a module of any precision: those of half precision soon stop to grow.
+
+    Args:
+        skips: whether batches whose loss is not finite are left out, as their steps are. Otherwise
+            all count, the mean loss is not finite either, and logits that are not finite are wrong.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, skips: bool = True) -> None:
         super().__init__()
+        self.skips = skips
         # Sums, not torchmetrics' MeanMetric: its search for NaN makes a GPU wait at every step, and
         # where that is disabled it ignores the weights (torchmetrics 1.9).
         self.loss, self.correct, self.count = (SumMetric(nan_strategy="disable") for _ in range(3))
@@ -51,11 +56,13 @@ class EpochMetrics(nn.Module):
 
     @torch.no_grad()
     def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Count a batch with a finite mean loss: that, logits [B, K] and labels [B]."""
-        finite = loss.detach().isfinite()
-        count = len(labels) * finite.float()
-        self.loss.update(loss.detach().nan_to_num(0.0, 0.0, 0.0) * count)
-        self.correct.update((logits.argmax(1) == labels).sum() * finite)
+        """Count a batch: its mean loss, logits [B, K] and labels [B]."""
+        loss = loss.detach()
+        counts = loss.isfinite() if self.skips else torch.ones_like(loss, dtype=torch.bool)
+        correct = (logits.argmax(1) == labels) & logits.amax(1).isfinite()
+        count = len(labels) * counts.float()
+        self.loss.update(torch.where(counts, loss, 0.0) * count)
+        self.correct.update(correct.sum() * counts)
         self.count.update(count)
 
     def compute_and_reset(self) -> dict[str, Tensor]:
@@ -88,7 +95,7 @@ class ResumableModule(pl.LightningModule):
         super().__init__()
         self.schedule = schedule
         self.train_metrics = EpochMetrics()
-        self.val_metrics = EpochMetrics()
+        self.val_metrics = EpochMetrics(skips=False)
         self.step_seed: int | None = None
         self.finite_steps: list[FiniteSteps] = []  # of every optimizer, in their order
         self._checkpoint: dict[str, Any] | None = None  # what on_fit_start takes from it

@@ -215,7 +215,7 @@ class SearchModule(ResumableModule):
         Raises:
             UserError: for batches of one half alone.
         """
-        if not isinstance(batch, Mapping):
+        if not isinstance(batch, Mapping) or not {"train", "val"} <= set(batch):
             raise UserError(
                 'A search takes batches {"train": (x, y), "val": (x, y)}: those of a data module '
                 'are so with task="search".'

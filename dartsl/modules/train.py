@@ -146,8 +146,9 @@ class TrainModule(ResumableModule):
         epochs = self.num_epochs()
         if epochs is None:
             raise UserError(
-                "Drop path grows until the last epoch, which nothing names: set trainer.max_epochs "
-                "(or max_steps), or module.drop_path_prob=0."
+                "Drop path grows until the last epoch, which nothing names: set "
+                "trainer.max_epochs, or max_steps where the batches of an epoch can be counted, "
+                "or module.drop_path_prob=0."
             )
         return self.drop_path_prob * self.current_epoch / epochs
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dartsl.batch_norm import following_together
-from dartsl.errors import unknown
+from dartsl.errors import UserError, unknown
 from dartsl.genotype import Edge, Genotype
 from dartsl.networks.layout import check_sizes, preprocess_previous_previous, reduction_cells
 from dartsl.networks.regions import recomputed
@@ -180,11 +180,17 @@ class FinalNetwork(nn.Module):
 
     @property
     def drop_path_prob(self) -> float:
-        """Probability of drop path in training."""
+        """Probability of drop path in training, in [0, 1).
+
+        Raises:
+            UserError: where it is set to anything else.
+        """
         return self._drop_path_prob
 
     @drop_path_prob.setter
     def drop_path_prob(self, value: float) -> None:
+        if not 0 <= value < 1:
+            raise UserError(f"drop_path_prob={value} must be at least 0 and below 1.")
         self._drop_path_prob = value
         self.drop_path_prob_on_device.fill_(value)
 

@@ -31,6 +31,7 @@ from dartsl.operations import (
     even_and_odd_pixels,
 )
 from dartsl.pools import (
+    AvgPool2d,
     WeightedPools,
     evaluated_pools,
     evaluates_pools,
@@ -49,6 +50,7 @@ from dartsl.separable import (
 )
 
 Pool = nn.MaxPool2d | nn.AvgPool2d
+POOLS = (nn.MaxPool2d, nn.AvgPool2d, AvgPool2d)
 CHAIN_LAYERS = (nn.ReLU, nn.Conv2d, DepthwiseConv2d, nn.BatchNorm2d)
 
 
@@ -377,7 +379,7 @@ def merged_operation(primitive: str, channels: int, stride: int, num_edges: int)
     first = copies[0]
     if type(first) in (Zero, nn.Identity):
         return first
-    if isinstance(first, Pool):
+    if type(first) in POOLS:
         return NormalizedPool(first, channels, num_edges)
     if type(first) is FactorizedReduce:
         return MergedReduce(copies)
@@ -401,7 +403,8 @@ def _is_merged(layer: nn.Module) -> bool:
     if isinstance(layer, nn.BatchNorm2d):
         settings = layer.eps, layer.momentum, layer.affine, layer.track_running_stats
         return settings == (MergedBatchNorm.eps, MergedBatchNorm.momentum, False, True)
-    return getattr(layer, "bias", None) is None
+    # Hooks are those of weight_norm and its like, too.
+    return getattr(layer, "bias", None) is None and not has_hooks(layer)
 
 
 def _merge_layers(layers: Sequence[nn.Module]) -> nn.Module:
@@ -429,5 +432,6 @@ def _merge_outputs(copies: Sequence[nn.Conv2d]) -> nn.Conv2d:
     """One convolution with k times as many outputs, of what all copies read."""
     merged = copy.deepcopy(copies[0])
     merged.out_channels *= len(copies)
-    merged.weight = nn.Parameter(torch.cat([single.weight.detach() for single in copies]))
+    weight = torch.cat([single.weight.detach() for single in copies])
+    merged.weight = nn.Parameter(weight, requires_grad=copies[0].weight.requires_grad)
     return merged
