@@ -138,8 +138,11 @@ class AtomicCheckpoint(pl.callbacks.Checkpoint):
         self.stop_evaluation(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the finished run."""
+        """Save the finished run; stop where somebody asked for it since the last batch."""
         self.save(trainer)
+        (received,) = largest([self.signals.received], trainer.strategy.root_device)
+        if received:
+            self.signals.answer(received)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take over the signals: Lightning has put its own back after training."""

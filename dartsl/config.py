@@ -402,17 +402,16 @@ def kept_overrides(given: Iterable[str] | None = None) -> list[str]:
     Args:
         given: of a run; default: those of this one.
     """
-    of_data = (
-        "root", "image_size", "in_channels", "mean", "std", "recipe", "crop_padding",
-        "horizontal_flip", "num_workers", "in_memory_limit",
-    )  # fmt: skip
-    of_trainer = ("accelerator", "devices", "num_nodes", "precision", "sync_batchnorm")
-    kept = (
-        "data=", "hardware=", "hardware.", "logger=", "threads=",
-        *(f"data.{key}=" for key in of_data), *(f"trainer.{key}=" for key in of_trainer),
-    )  # fmt: skip
     overrides = given_overrides() if given is None else given
-    return [override for override in overrides if override.startswith(kept)]
+    return [override for override in overrides if _KEPT.match(override.lstrip("+"))]
+
+
+# All of the data but what a search and a training have each for itself.
+_KEPT = re.compile(
+    r"(data|hardware|logger|threads)=|hardware\.|logger\.\w+\.(project|entity|mode)="
+    r"|data\.(?!(batch_size|train_fraction|max_images|task|seed|cutout_length)=)"
+    r"|trainer\.(accelerator|devices|num_nodes|strategy|precision|sync_batchnorm)="
+)
 
 
 def command(*overrides: str) -> str:

@@ -103,8 +103,8 @@ class Job:
 
 
 def setting_of(overrides: Iterable[str]) -> tuple[str, ...]:
-    """The overrides but the seed: runs that share them repeat each other."""
-    return tuple(text for text in overrides if not text.lstrip("+").startswith("seed="))
+    """The overrides that make a difference but for the seed: runs that share them repeat."""
+    return tuple(t for t in overrides if not t.lstrip("+").startswith(("seed=", "resume=")))
 
 
 def read_jobs(sweep_dir: str | Path) -> list[Job]:
@@ -117,7 +117,8 @@ def _read_job(folder: Path) -> Job:
     overrides = yaml.safe_load((folder / _OVERRIDES_FILE).read_text(encoding="utf-8"))
     failure = folder / ERROR_FILE
     error = failure.read_text(encoding="utf-8").strip() if failure.is_file() else None
-    return Job(folder, tuple(overrides or ()), load_result(folder), error)
+    # What a job that failed finds in its folder is of another.
+    return Job(folder, tuple(overrides or ()), None if error else load_result(folder), error)
 
 
 def natural(path: Path) -> tuple[bool, int, str]:
@@ -209,7 +210,15 @@ class SweepSummary(Callback):
     """
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Refuse a sweep for the best validation accuracy of jobs that have none."""
+        """Refuse a sweep for the best validation accuracy of jobs that have none.
+
+        And one whose jobs nobody would find again.
+        """
+        if config.hydra.output_subdir != ".hydra":
+            raise SystemExit(
+                f"Error: hydra.output_subdir={config.hydra.output_subdir}: a sweep finds its jobs "
+                "by what Hydra writes there; leave it as it is."
+            )
         if config.hydra.sweeper._target_ == _SWEEPS_ALL:
             return
         fault = find_validation_fault(config)

@@ -153,7 +153,7 @@ def test_weights_alone_are_no_checkpoint(tmp_path: Path) -> None:
 
 
 class SignalWithin(pl.Callback):
-    """Sends this process a signal before a batch is trained on, or validated."""
+    """Sends this process a signal before a batch is trained on or validated, or at the end."""
 
     def __init__(self, number: int, where: str, step: int) -> None:
         self.number, self.where, self.step = number, where, step
@@ -168,9 +168,14 @@ class SignalWithin(pl.Callback):
     def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         self.send(trainer, "validation")
 
+    def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.send(trainer, "end")
+
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-@pytest.mark.parametrize(("where", "step"), [("train", 0), ("train", 1), ("validation", 3)])
+@pytest.mark.parametrize(
+    ("where", "step"), [("train", 0), ("train", 1), ("validation", 3), ("end", 3)]
+)
 def test_a_signal_ends_a_run_after_a_whole_step(
     number: signal.Signals, where: str, step: int, whole: bytes, tmp_path: Path
 ) -> None:

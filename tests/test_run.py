@@ -674,10 +674,12 @@ def test_the_config_is_shown_and_kept(command: Command) -> None:
 
 def test_what_the_next_command_needs_too() -> None:
     """That it trains on the same data, as fast, and is seen in the same place."""
-    kept = ["data=image_folder", "data.root=x y", "data.horizontal_flip=false",
-            "hardware=multi_gpu", "hardware.recompute=true", "trainer.devices=2",
-            "trainer.sync_batchnorm=true", "logger=[csv,wandb]", "threads=4"]  # fmt: skip
-    own = ["experiment=search_cifar10", "seed=3", "trainer.max_epochs=9", "data.batch_size=32"]
+    kept = ["data=image_folder", "++data.root=x y", "data.horizontal_flip=false",
+            "+data.archive=of_a_set_of_ones_own", "hardware=multi_gpu", "hardware.recompute=true",
+            "trainer.devices=2", "trainer.strategy=x", "trainer.sync_batchnorm=true",
+            "logger=[csv,wandb]", "logger.wandb.project=mine", "++threads=4"]  # fmt: skip
+    own = ["experiment=search_cifar10", "seed=3", "trainer.max_epochs=9", "data.batch_size=32",
+           "++data.max_images=9", "logger.wandb.name=a_search"]  # fmt: skip
     assert kept_overrides([*kept, *own]) == kept
 
 

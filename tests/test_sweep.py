@@ -72,6 +72,15 @@ def test_what_is_none_is_no_result(tmp_path: Path) -> None:
     assert yaml.safe_load((tmp_path / "result.yaml").read_text()) == {"test_accuracy": 0.5}
 
 
+def test_a_job_that_failed_finds_nothing(tmp_path: Path) -> None:
+    """What its folder holds is of a job before, which had another seed."""
+    make_job(tmp_path / "0", "seed=0", val_accuracy=0.5)
+    make_job(tmp_path / "1", "seed=2", "resume=auto", val_accuracy=0.7)
+    assert describe(read_jobs(tmp_path)) == ["val accuracy 60.00 ± 14.14 % (n = 2)"]
+    (tmp_path / "1" / ERROR_FILE).write_text("the folder holds a run with another seed")
+    assert describe(read_jobs(tmp_path)) == ["val accuracy 50.00 %"]
+
+
 def test_after_a_sweep_of_trainings_nothing_is_selected(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -213,6 +222,14 @@ def test_no_sweeper_looks_for_the_best_test_accuracy(arguments: str, fault: str)
     SweepSummary().on_multirun_start(cfg)  # one that tries every value selects nothing
     cfg.hydra.sweeper._target_ = "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
     with pytest.raises(SystemExit, match=f"^Error: .+: {re.escape(fault)}"):
+        SweepSummary().on_multirun_start(cfg)
+
+
+def test_a_sweep_that_would_not_find_its_jobs_is_refused() -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        given = ["experiment=search_digits", "hydra.output_subdir=null"]
+        cfg = compose("config", given, return_hydra_config=True)
+    with pytest.raises(SystemExit, match=r"^Error: hydra\.output_subdir=None: a sweep finds its"):
         SweepSummary().on_multirun_start(cfg)
 
 
