@@ -27,10 +27,8 @@ IMAGE_SUFFIXES = (
 )  # fmt: skip
 """Of the files that Pillow reads, those that hold a picture, and not documents, films or data."""
 
-# What Pillow raises for a broken file, one of another kind, and one of absurdly many pixels.
-_BROKEN_FILE = (
-    OSError, RuntimeError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError
-)  # fmt: skip
+# What Pillow raises for a broken file, and one of another kind.
+_BROKEN_FILE = (OSError, RuntimeError, SyntaxError, TypeError, ValueError)
 # Where Pillow's mode of 32-bit integers, "I", is of 16 bits: all PPM files, PNG until Pillow 10.3.
 _16_BITS_AS_32 = ("PNG", "PPM")
 _BITS_PER_SAMPLE = 258  # the number of a TIFF's tag
@@ -181,6 +179,12 @@ def decode(path: Path, channels: int, size: int | None) -> Tensor:
             image = image.convert(PIL_MODES[channels])
     except UserError:
         raise
+    except Image.DecompressionBombError as error:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise UserError(
+            f"The image {path} has more than {most:,} pixels, which few files that are no attack "
+            "have: make it smaller."
+        ) from error
     except _BROKEN_FILE as error:
         raise UserError(
             f"Cannot read the image {path} ({error}); repair or remove this file."

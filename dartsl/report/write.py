@@ -38,8 +38,8 @@ def leave_report(folder: str | Path) -> None:
         return
     try:
         write_report(folder)
-    except UserError as error:  # a run that has ended within its first epoch
-        log.warning("No report: %s", error)
+    except UserError:
+        log.warning("No report: the run has ended within its first epoch.")
     except Exception:
         log.warning("The report of %s could not be written.", folder, exc_info=True)
 

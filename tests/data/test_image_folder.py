@@ -13,6 +13,7 @@ from PIL import ExifTags, Image
 from dartsl.data import ImageFolder, count_classes
 from dartsl.data.images import decode
 from dartsl.errors import UserError
+from tests.fuzz import bomb
 
 CIFAR10_JPEG = Path(__file__).parents[3] / "shared" / "data" / "cifar10_jpeg.tar.xz"
 
@@ -325,6 +326,12 @@ def test_broken_image_is_named(
     with pytest.raises(UserError, match=r"^Cannot read the image .*broken\.png") as caught:
         list(data.train_dataloader())
     assert "\n" not in str(caught.value)
+
+
+def test_an_image_of_absurdly_many_pixels_is_no_broken_one(tmp_path: Path) -> None:
+    (tmp_path / "huge.png").write_bytes(bomb())
+    with pytest.raises(UserError, match=r"huge\.png has more than [\d,]{9,} pixels.*smaller"):
+        decode(tmp_path / "huge.png", 3, 32)
 
 
 def test_imagenet_recipe_reads_images_of_any_size(tmp_path: Path) -> None:
