@@ -29,7 +29,8 @@ _TARGET = "dartsl.genotype.Genotype"
 # A call in the official notation; at a line's start perhaps with the name that it is given.
 _CALL = re.compile(r"(?:^[ \t]*(?:(\w+)[ \t]*=[ \t]*)+)?Genotype[ \t]*\(", re.MULTILINE)
 # What stands behind a # that is no number's ("epoch #3"), and quoted text, in which there is none.
-_COMMENT = re.compile(r"""('[^'\n]*'|"[^"\n]*")|(?:^|(?<=\s))#(?!\d)[^\n]*""", re.MULTILINE)
+_COMMENT = re.compile(r"""('[^'\n]*'|"[^"\n]*")|(?:^|(?<=[\s,()[\]]))#(?!\d)[^\n]*""", re.MULTILINE)
+_YAML = re.compile(r"^\s*[{\"']*normal[\"']*\s*:", re.MULTILINE)
 _MAX_TEXT = 100_000  # characters; the largest published genotype has under 1,000
 
 
@@ -91,7 +92,7 @@ class Genotype:
             UserError: where the text holds no genotype, or different ones of several names.
         """
         bare = _COMMENT.sub(lambda found: found[1] or "", text)
-        if "normal" in bare:  # or else a comment is all that there is
+        if _CALL.search(bare) or _YAML.search(bare):  # or else a comment is all that there is
             text = bare
         starts = {call[1]: call.end() for call in _CALL.finditer(text)}  # the last of each name
         named = {

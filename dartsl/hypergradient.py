@@ -212,7 +212,7 @@ def exact_product(
     moving = [(w, v) for w, v in zip(weights, vector, strict=True) if w.requires_grad]
     value = loss()
     if not (moving and value.requires_grad):
-        return _gradients(value, alphas, average)
+        return average([torch.zeros_like(alpha) for alpha in alphas])
     gradients = torch.autograd.grad(
         value, [w for w, _ in moving], create_graph=True, allow_unused=True, materialize_grads=True
     )
@@ -244,7 +244,11 @@ def sgd_direction(optimizer: torch.optim.Optimizer, gradients: Tensors) -> Tenso
         moving = [(s, b) for s, b in zip(steps, buffers, strict=True) if b is not None]
         if moving:
             torch._foreach_add_(*map(list, zip(*moving, strict=True)), alpha=group["momentum"])
-        direction += steps
+        # What is frozen is passed by, its weight decay and its momentum too.
+        direction += [
+            s if w.requires_grad else torch.zeros_like(s)
+            for s, w in zip(steps, weights, strict=True)
+        ]
     return direction
 
 

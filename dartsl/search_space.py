@@ -47,10 +47,11 @@ class SearchSpace:
     def __post_init__(self) -> None:
         if isinstance(self.primitives, str):
             raise UserError(f"The primitives are a list of names, not {self.primitives!r}.")
-        for primitive in self.primitives:
+        primitives = tuple(self.primitives)
+        for primitive in primitives:
             if primitive not in OPERATIONS:
                 raise unknown("primitive", primitive, OPERATIONS)
-        object.__setattr__(self, "primitives", tuple(map(str, self.primitives)))  # of numpy, too
+        object.__setattr__(self, "primitives", tuple(map(str, primitives)))  # of numpy, too
         if len(set(self.primitives)) != len(self.primitives):
             raise UserError(f"A primitive stands twice in {list(self.primitives)}.")
         if not set(self.primitives) - {"none"}:

@@ -143,9 +143,9 @@ class Spread:
     @property
     def std(self) -> float | None:
         """The standard deviation; None for a single value, which has none."""
-        if not all(map(math.isfinite, self.values)):
-            return math.nan
-        return statistics.stdev(self.values) if len(self.values) > 1 else None
+        if len(self.values) < 2:
+            return None
+        return statistics.stdev(self.values) if math.isfinite(self.mean) else math.nan
 
 
 def spreads(jobs: Iterable[Job]) -> dict[tuple[str, ...], dict[str, Spread]]:

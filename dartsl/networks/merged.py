@@ -383,7 +383,7 @@ def merged_operation(primitive: str, channels: int, stride: int, num_edges: int)
         return NormalizedPool(first, channels, num_edges)
     if type(first) is FactorizedReduce:
         return MergedReduce(copies)
-    if type(first) in (SeparableConv, DilatedConv):
+    if type(first) in (SeparableConv, DilatedConv) and all(map(_is_merged, first.op)):
         return MergedConv(copies)
     return MergedChain(copies) if is_chain(first) else PerEdge(copies)
 
