@@ -205,6 +205,15 @@ def test_numbers_of_numpy_are_numbers(tmp_path) -> None:
     assert same == Genotype.load(tmp_path / "x.yaml") == genotype
 
 
+def test_names_of_numpy_are_names(tmp_path) -> None:
+    genotype = published("darts_v2")
+    edges = [(np.str_(name), n) for name, n in genotype.normal]
+    same = dataclasses.replace(genotype, normal=edges)
+    same.save(tmp_path / "x.yaml")
+    assert same == Genotype.load(tmp_path / "x.yaml") == genotype
+    assert Genotype.parse(same.notation()) == genotype
+
+
 def test_the_log_of_a_whole_search() -> None:
     """Of 50 epochs, with 8 steps and both alphas of each."""
     row = "        [0.1250, 0.1251, 0.1249, 0.1250, 0.1250, 0.1250, 0.1250, 0.1250],\n"
@@ -231,6 +240,43 @@ def test_of_several_names_none_is_chosen(tmp_path) -> None:
     assert str(path) in str(caught.value)
     same = f"DARTS_V2 = {DARTS_V2}\nOURS = {DARTS_V2.replace('[2, 3, 4, 5]', 'range(2, 6)')}"
     assert Genotype.parse(same) == published("darts_v2")
+
+
+V2_YAML = published("darts_v2").yaml()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"# {DARTS_V1}\n{V2_YAML}",
+        f"# OLD = {DARTS_V1}\n{V2_YAML}  # {DARTS_V1}",
+        f"# {DARTS_V1}\nDARTS_V2 = {DARTS_V2}",
+        f"DARTS_V2 = {DARTS_V2}  # was {DARTS_V1}",
+        DARTS_V2.replace("reduce=", "# the other ones :)\nreduce="),
+        DARTS_V2.replace("reduce=", "# (see 'below'\nreduce="),
+        DARTS_V2.replace("),", "),# (it\n", 1),
+        f"epoch #3 genotype = {DARTS_V2}",
+        f"a normal run\nepoch # 3 genotype = {DARTS_V2}",
+        f"# {DARTS_V2}",
+        f"# OURS = {DARTS_V2}\n",
+    ],
+    ids=[
+        "above a yaml",
+        "around a yaml",
+        "above a call",
+        "behind a call",
+        "closing within a call",
+        "opening within a call",
+        "behind a comma",
+        "number",
+        "number apart",
+        "nothing else",
+        "nothing else with a name",
+    ],
+)
+def test_comments_do_not_count_unless_there_is_nothing_else(text, tmp_path) -> None:
+    (tmp_path / "genotype.txt").write_text(text)
+    assert Genotype.load(tmp_path / "genotype.txt") == published("darts_v2")
 
 
 def test_repr_is_read_back() -> None:

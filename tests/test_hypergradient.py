@@ -277,6 +277,20 @@ def test_epsilon_is_the_scale_by_the_norm_over_all_weights_and_plus_comes_first(
     assert len(seen) == 2
 
 
+def test_the_step_is_as_long_where_gradients_are_small() -> None:
+    """The square of 1e-25 is 0 in single precision."""
+    w, alpha = torch.zeros(4, requires_grad=True), torch.ones(4, requires_grad=True)
+    vector, seen = torch.full((4,), 1e-25), []
+
+    def loss() -> Tensor:
+        seen.append(w.detach().clone())
+        return (alpha * w).sum()
+
+    (product,) = finite_difference_product(loss, [w], [alpha], [vector])
+    assert [step.norm().item() for step in seen] == pytest.approx([0.01, 0.01])
+    assert torch.allclose(product, vector, rtol=1e-5, atol=0)
+
+
 def test_both_passes_of_the_difference_see_one_sample() -> None:
     """Of a relaxation that samples; the random numbers after it are those after one pass."""
     w = [scalar(0.3), scalar(-0.7)]
@@ -332,6 +346,46 @@ def test_what_a_loss_does_not_depend_on_counts_as_0(train, product) -> None:
     slope = {"is linear in w alone": 1.0, "does not see w": 0.0}.get(train, 2.0)
     # No mixed derivative: only the move to w' = 1 - slope / 2 is left.
     assert Unrolled(product)(problem)[0].item() == pytest.approx(1 - slope / 2)
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_a_training_loss_that_is_a_constant_leaves_the_direct_gradient(product) -> None:
+    w, alpha = scalar(2.0), scalar(3.0)
+    constant = torch.tensor(1.0, dtype=torch.float64)
+    problem = BilevelProblem(lambda: constant, lambda: (w * alpha**2).sum(), [w], [alpha], xi=0.5)
+    assert Unrolled(product)(problem)[0].item() == pytest.approx(2 * 2 * 3)
+
+
+@pytest.mark.parametrize("hypergradient", [FirstOrder(), Unrolled(), Unrolled("exact")])
+def test_a_frozen_weight_counts_as_a_constant(hypergradient) -> None:
+    w, alpha, frozen = scalar(2.0), scalar(3.0), scalar(0.7).requires_grad_(False)
+
+    def gradient(*weights: Tensor) -> float:
+        sgd = torch.optim.SGD(weights, lr=0.1, momentum=0.9, weight_decay=0.5)
+        for weight in weights:
+            sgd.state[weight]["momentum_buffer"] = torch.ones_like(weight)
+        problem = BilevelProblem(
+            train_loss=lambda: (frozen * w**2 * alpha**2).sum(),
+            val_loss=lambda: (frozen * w**3 * alpha).sum(),
+            weights=weights,
+            alphas=[alpha],
+            xi=0.1,
+            virtual_direction=partial(sgd_direction, sgd),
+        )
+        return hypergradient(problem)[0].item()
+
+    expected = gradient(w)
+    assert gradient(frozen, w) == pytest.approx(expected, rel=1e-12)
+    assert gradient(w, frozen) == pytest.approx(expected, rel=1e-12)
+    assert frozen.item() == 0.7
+    assert not frozen.requires_grad
+
+
+@pytest.mark.parametrize("product", [exact_product, finite_difference_product])
+def test_of_weights_that_are_all_frozen_the_product_is_zero(product) -> None:
+    w, alpha = scalar(2.0).requires_grad_(False), scalar(3.0)
+    vector = [torch.zeros_like(w)]
+    assert product(lambda: (w * alpha**2).sum(), [w], [alpha], vector)[0].item() == 0
 
 
 def test_the_exact_product_of_a_known_mixed_derivative() -> None:
@@ -545,9 +599,9 @@ def test_a_misspelt_product_names_the_choices() -> None:
         Unrolled("exakt")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("scale", [0.0, -0.01, float("nan")])
-def test_an_epsilon_scale_is_positive(scale) -> None:
-    with pytest.raises(UserError, match=r"epsilon_scale is .*; it must be positive"):
+@pytest.mark.parametrize("scale", [0.0, -0.01, float("nan"), float("inf")])
+def test_an_epsilon_scale_is_positive_and_finite(scale) -> None:
+    with pytest.raises(UserError, match=r"epsilon_scale is .*; it must be positive and finite"):
         Unrolled(epsilon_scale=scale)
 
 

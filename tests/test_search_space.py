@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -87,9 +88,15 @@ def test_something_other_than_none_is_left_to_choose(primitives) -> None:
         SearchSpace(primitives)
 
 
-@pytest.mark.parametrize("nodes", [0, -1])
-def test_a_cell_has_a_node(nodes) -> None:
-    with pytest.raises(UserError, match=f"num_intermediate_nodes is {nodes}"):
+def test_primitives_may_be_names_of_numpy() -> None:
+    space = SearchSpace(np.array(["none", "skip_connect"]), 2)  # type: ignore[arg-type]
+    assert space == SearchSpace(("none", "skip_connect"), 2)
+    assert {type(primitive) for primitive in space.primitives} == {str}
+
+
+@pytest.mark.parametrize("nodes", [0, -1, 2.5, 2.0, True, "4"])
+def test_the_nodes_of_a_cell_are_a_whole_number_from_1_on(nodes) -> None:
+    with pytest.raises(UserError, match=f"num_intermediate_nodes is {nodes!r}; it is a whole"):
         SearchSpace(num_intermediate_nodes=nodes)
 
 
@@ -328,6 +335,11 @@ def test_a_seed_gives_one_genotype() -> None:
     space = SearchSpace()
     assert random_genotype(space, 3) == random_genotype(space, 3)
     assert len({repr(random_genotype(space, seed)) for seed in range(20)}) == 20
+
+
+def test_primitives_may_come_one_by_one() -> None:
+    names = ("none", "skip_connect")
+    assert SearchSpace(iter(names)).primitives == names  # type: ignore[arg-type]
 
 
 def test_strengths_of_one_cell_are_refused() -> None:

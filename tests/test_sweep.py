@@ -1,5 +1,6 @@
 """Sweeps: what the jobs found as one result, and the engines that run them."""
 
+import math
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
 from dartsl.config import EXTRAS, find_mistake
+from dartsl.errors import UserError
 from dartsl.genotype import GENOTYPE_FILE, Genotype, published
 from dartsl.sweep import (
     ERROR_FILE,
@@ -23,6 +25,8 @@ from dartsl.sweep import (
     describe,
     read_jobs,
     save_result,
+    save_summary,
+    setting_of,
     spreads,
 )
 from tests.test_distributed import command
@@ -44,6 +48,7 @@ def test_mean_and_standard_deviation_over_the_seeds() -> None:
     assert Spread((0.5, 0.7)).mean == pytest.approx(0.6)
     assert Spread((0.5, 0.7)).std == pytest.approx(0.02**0.5)  # of a sample
     assert Spread((0.5,)).std is None
+    assert Spread((math.nan,)).std is None
 
 
 def test_jobs_that_differ_in_the_seed_alone_are_one_setting(tmp_path: Path) -> None:
@@ -79,6 +84,29 @@ def test_a_job_that_failed_finds_nothing(tmp_path: Path) -> None:
     assert describe(read_jobs(tmp_path)) == ["val accuracy 60.00 ± 14.14 % (n = 2)"]
     (tmp_path / "1" / ERROR_FILE).write_text("the folder holds a run with another seed")
     assert describe(read_jobs(tmp_path)) == ["val accuracy 50.00 %"]
+
+
+def test_a_result_that_is_no_number_has_no_deviation(tmp_path: Path) -> None:
+    for number, accuracy in enumerate((0.5, math.nan, 0.7)):
+        make_job(tmp_path / str(number), f"seed={number}", test_accuracy=accuracy)
+    jobs = read_jobs(tmp_path)
+    assert math.isnan(spreads(jobs)[()]["test_accuracy"].std)
+    assert describe(jobs) == ["test accuracy nan ± nan % (n = 3)"]
+    save_summary(tmp_path, jobs)
+    (setting,) = yaml.safe_load((tmp_path / "summary.yaml").read_text())["settings"]
+    assert math.isnan(setting["test_accuracy"]["std"])
+
+
+def test_a_result_of_text_is_refused(tmp_path: Path) -> None:
+    make_job(tmp_path / "0", "seed=0")
+    (tmp_path / "0" / "result.yaml").write_text("test_accuracy: high\n")
+    with pytest.raises(UserError, match=r"result\.yaml holds no run's result: delete it"):
+        read_jobs(tmp_path)
+
+
+@pytest.mark.parametrize("seed", ["seed=0", "+seed=0", "++seed=0"])
+def test_a_seed_however_it_is_given_is_no_part_of_a_setting(seed: str) -> None:
+    assert setting_of(["genotype=darts_v1", seed]) == ("genotype=darts_v1",)
 
 
 def test_after_a_sweep_of_trainings_nothing_is_selected(

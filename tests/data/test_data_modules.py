@@ -14,7 +14,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 
-from dartsl.data import CIFAR10, Digits, count_classes
+from dartsl.data import CIFAR10, Digits, ImageDataModule, count_classes
+from dartsl.data.images import TensorImages
 from dartsl.errors import UserError
 
 CONF = Path(__file__).parents[2] / "conf" / "data"
@@ -153,6 +154,42 @@ def test_mistakes_end_in_one_sentence(options: dict[str, Any], message: str) -> 
     with pytest.raises(UserError, match=message) as caught:
         digits(**options)
     assert "\n" not in str(caught.value)
+
+
+def in_memory(labels: Any, n: int = 4, dtype: torch.dtype = torch.uint8) -> TensorImages:
+    return TensorImages(torch.zeros(n, 1, 8, 8, dtype=dtype), labels)
+
+
+@pytest.mark.parametrize("label", [-1, 2])
+def test_a_test_set_of_unknown_labels_is_a_mistake(label: int) -> None:
+    class Own(ImageDataModule):
+        def load(self) -> tuple[TensorImages, TensorImages]:
+            return in_memory(np.array([0, 1, 0, 1])), in_memory(np.array([0, 1, label, 1]))
+
+    data = Own(**DIGITS | {"num_classes": 2})
+    with pytest.raises(UserError, match=f"test set has the label {label}, .* are 0 to 1"):
+        data.setup()
+
+
+@pytest.mark.parametrize(
+    ("labels", "dtype", "message"),
+    [
+        (np.arange(4), torch.float32, r"uint8 .*not torch\.float32"),
+        (np.arange(5), torch.uint8, r"of 4 images .*not int64 \[5\]"),
+        (np.arange(4.0), torch.uint8, r"whole numbers, not float64 \[4\]"),
+    ],
+)
+def test_images_in_memory_are_bytes_with_a_whole_number_each(
+    labels: np.ndarray, dtype: torch.dtype, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        in_memory(labels, dtype=dtype)
+
+
+def test_labels_of_any_whole_numbers_become_int64() -> None:
+    found = in_memory(np.arange(4, dtype=np.int32)).labels
+    assert found.dtype == np.int64
+    assert found.tolist() == [0, 1, 2, 3]
 
 
 # ---- CIFAR-10 -----------------------------------------------------------------------------------

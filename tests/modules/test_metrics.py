@@ -26,6 +26,16 @@ def test_a_loss_that_is_not_finite_counts_for_nothing(loss: float) -> None:
     assert means["accuracy"].item() == 0.5
 
 
+def test_in_evaluation_a_batch_that_is_not_finite_counts_as_wrong() -> None:
+    metrics = EpochMetrics(skips=False)
+    metrics.update(torch.tensor(2.0), torch.eye(2), torch.tensor([0, 1]))
+    nan = torch.full((2, 2), float("nan"))
+    metrics.update(nan.mean(), nan, torch.tensor([0, 0]))  # where argmax is 0, too
+    means = metrics.compute_and_reset()
+    assert not means["loss"].isfinite()
+    assert means["accuracy"].item() == 0.5
+
+
 def test_an_epoch_begins_anew() -> None:
     metrics = EpochMetrics()
     for loss in (1.0, 3.0):

@@ -678,6 +678,13 @@ def test_batches_of_one_half_are_refused() -> None:
         fit(module, [batch["train"] for batch in random_batches(c)])
 
 
+def test_batches_without_the_other_half_are_refused() -> None:
+    c = case()
+    module = SearchModule(same_supernet(c, literal_network(c)), FirstOrder(), SGD, ADAM)
+    with pytest.raises(UserError, match=r'A search takes batches {"train": '):
+        fit(module, [{"train": batch["train"]} for batch in random_batches(c)])
+
+
 def test_entropies_of_any_strengths_are_numbers() -> None:
     strengths = torch.tensor([[0.5, 0.5], [0.0, 0.0], [-1.0, 2.0]])
     assert torch.allclose(edge_entropies(strengths), torch.tensor([math.log(2), 0.0, 0.0]))

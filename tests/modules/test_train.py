@@ -1,6 +1,7 @@
 """The training of a final network as a Lightning run, against a plain PyTorch loop."""
 
 import copy
+import math
 from functools import partial
 from typing import Any
 
@@ -309,6 +310,17 @@ def test_the_test_is_in_evaluation_mode_and_over_examples() -> None:
     (result,) = trainer.test(module, DataLoader(data, batch_size=None), verbose=False)
     assert result["test/loss"] == pytest.approx(loss, rel=1e-6)  # smoothing is for training only
     assert result["test/accuracy"] == pytest.approx(accuracy, rel=1e-6)
+
+
+def test_images_whose_logits_are_not_finite_are_wrong() -> None:
+    net, (x, _) = network(), batches(4)[0]
+    right = copy.deepcopy(net).eval()(x)[0].argmax(1)
+    nan = torch.full_like(x, float("nan"))
+    data = [(x, right), (nan, torch.zeros(4, dtype=torch.long))]
+    loader = DataLoader(data, batch_size=None)
+    (result,) = trainer_of().test(TrainModule(net, SGD), loader, verbose=False)
+    assert result["test/accuracy"] == 0.5
+    assert not math.isfinite(result["test/loss"])
 
 
 # What a user of Lightning alone may do

@@ -189,6 +189,11 @@ def test_a_network_has_a_cell(num_cells) -> None:
         small(num_cells=num_cells)
 
 
+def test_channels_are_a_whole_number() -> None:
+    with pytest.raises(UserError, match=r"channels is 2\.5; it is a whole number"):
+        small(channels=2.5)
+
+
 # Stems
 
 
@@ -305,6 +310,14 @@ def record_drop_path(network: FinalNetwork, monkeypatch) -> list[float]:
 
 def test_drop_path_is_off_at_first() -> None:
     assert small().drop_path_prob == 0.0
+
+
+@pytest.mark.parametrize("value", [1.0, -0.5, float("nan")])
+def test_a_drop_path_that_is_no_probability_below_1_is_refused(value) -> None:
+    network = small()
+    with pytest.raises(UserError, match=f"drop_path_prob={value} must be at least 0 and below 1"):
+        network.drop_path_prob = value
+    assert network.drop_path_prob == 0.0
 
 
 @pytest.mark.parametrize("name", ["darts_v1", "darts_v2", "nasnet", "amoebanet"])

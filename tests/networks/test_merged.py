@@ -1,5 +1,6 @@
 """Operations of all edges that leave a node, computed together, are those of every edge alone."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dartsl.native import build
-from dartsl.networks.merged import Source, merged_operation
-from dartsl.networks.supernet import MixedOperation
+from dartsl.networks.merged import PerEdge, Source, merged_operation
+from dartsl.networks.supernet import MixedOperation, Supernet
 from dartsl.operations import OPERATIONS, Factory, SeparableConv
+from dartsl.search_space import SearchSpace
 
 CHANNELS, EDGES = 3, 2
 
@@ -112,6 +114,70 @@ def test_a_registered_operation_is_computed_as_it_was_written(name, monkeypatch)
         x = random(4, CHANNELS, 6, 5)
         for output, single, weight in zip(mixed(x, weights), copies, weights, strict=True):
             assert torch.allclose(output, weight * single.train(training)(x), rtol=1e-10)
+
+
+def with_frozen_filter(channels: int, stride: int, affine: bool) -> nn.Module:
+    conv = nn.Conv2d(channels, channels, 3, stride, 1, groups=channels, bias=False)
+    conv.weight.requires_grad_(False)
+    return nn.Sequential(nn.ReLU(), conv, nn.BatchNorm2d(channels, affine=affine))
+
+
+class ScaledPool(nn.MaxPool2d):
+    def __init__(self, stride: int) -> None:
+        super().__init__(3, stride, 1)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.scale * super().forward(input)
+
+
+def normed(norm: Callable[[nn.Module], nn.Module]) -> Factory:
+    """A dense primitive whose convolution has a norm of the old style, by hooks."""
+
+    def factory(channels: int, stride: int, affine: bool) -> nn.Module:
+        operation = dense()(channels, stride, affine)
+        norm(operation[1])
+        return operation
+
+    return factory
+
+
+def supernet_of(primitive: str) -> Supernet:
+    return Supernet(SearchSpace((primitive, "none"), 2), channels=2, num_cells=3, num_classes=3)
+
+
+def test_a_frozen_filter_stays_frozen(monkeypatch) -> None:
+    monkeypatch.setitem(OPERATIONS, "frozen", with_frozen_filter)
+    supernet = supernet_of("frozen")
+    filters = [m for m in supernet.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
+    assert filters
+    supernet(torch.randn(2, 3, 8, 8)).sum().backward()
+    for conv in filters:
+        assert not conv.weight.requires_grad
+        assert conv.weight.grad is None
+
+
+def test_a_pool_with_a_parameter_has_one_for_each_edge(monkeypatch) -> None:
+    name, factory = "scaled_pool", lambda channels, stride, affine: ScaledPool(stride)
+    monkeypatch.setitem(OPERATIONS, name, factory)
+    merged = merged_operation(name, CHANNELS, 1, EDGES)
+    assert isinstance(merged, PerEdge)
+    assert len(list(merged.parameters())) == EDGES
+    merged[1].scale.data.fill_(5.0)
+    x = torch.randn(2, CHANNELS, 6, 6)
+    first, second = merged(Source(x, EDGES), torch.ones(EDGES * CHANNELS)).chunk(EDGES, dim=1)
+    assert torch.allclose(first, F.max_pool2d(x, 3, 1, 1))
+    assert torch.allclose(second, 5 * first)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_a_convolution_with_a_norm_by_hooks_is_run_for_each_edge(norm, monkeypatch) -> None:
+    monkeypatch.setitem(OPERATIONS, "normed", normed(norm))
+    assert isinstance(merged_operation("normed", CHANNELS, 1, EDGES), PerEdge)
+    logits = supernet_of("normed")(torch.randn(2, 3, 8, 8))
+    assert logits.shape == (2, 3)
+    assert logits.isfinite().all()
 
 
 def test_each_form_of_a_source_is_computed_once() -> None:

@@ -360,6 +360,11 @@ def test_a_network_has_a_cell(num_cells) -> None:
         small(num_cells=num_cells)
 
 
+def test_channels_are_a_whole_number() -> None:
+    with pytest.raises(UserError, match=r"channels is 2\.5; it is a whole number"):
+        small(channels=2.5)
+
+
 def test_evaluation_does_not_depend_on_the_other_images() -> None:
     supernet = small().eval()
     x = torch.randn(3, 3, 8, 8)
