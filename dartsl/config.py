@@ -99,11 +99,52 @@ _TASK_TYPES = {
 def check_types(cfg: DictConfig) -> None:
     """Raise a UserError for a value of another name or type than what it is given to takes."""
     plain = OmegaConf.to_container(cfg, resolve=True)
-    _check_types("", cast(dict[str, Any], plain), _TASK_TYPES)
+    plain = cast(dict[str, Any], plain)
+    _check_types("", plain, _TASK_TYPES)
+    _check_built(plain)
     for path, node in _targets(plain):
-        target = get_object(node["_target_"])
+        target = _find_target(path, node["_target_"])
         _check_names(path, node, parameter_names(target))
         _check_types(path, node, parameter_types(target))
+
+
+def _check_built(plain: dict[str, Any]) -> None:
+    """Raise a UserError for a part of which nothing can be built."""
+    built = {name: plain[name] for name in _BUILT if name in plain}
+    for group in _BUILT_EACH:
+        built |= {f"{group}.{name}": node for name, node in (plain.get(group) or {}).items()}
+    for name, node in built.items():
+        if not (isinstance(node, dict) and "_target_" in node):
+            raise UserError(
+                f"{name} lacks a _target_, the name of the class that it describes: leave {name} "
+                f"as it was, or give {name}._target_=CLASS."
+            )
+
+
+# Parts of the config from which something is built, and groups of such parts.
+_BUILT = ("supernet", "network", "module", "data", "trainer")
+_BUILT_EACH = ("callbacks", "logger")
+
+
+def _find_target(path: str, name: Any) -> Any:
+    """What a `_target_` names; what fails within the module that it names is no misspelling."""
+    target = None
+    try:
+        target = get_object(name) if isinstance(name, str) else None
+    except (ImportError, ValueError) as error:
+        cause = error.__cause__
+        if isinstance(cause, ModuleNotFoundError):
+            misspelt = f"{name}.".startswith(f"{cause.name}.")
+        else:
+            misspelt = cause is None or isinstance(cause, AttributeError)
+        if not misspelt:
+            raise
+    if not callable(target):
+        raise UserError(
+            f"{path}_target_={name} names no class and no function: give its whole name, as "
+            "dartsl.networks.Supernet is one."
+        )
+    return target
 
 
 def _check_names(path: str, node: dict[str, Any], names: set[str] | None) -> None:
@@ -134,6 +175,8 @@ def parameter_names(target: Any) -> set[str] | None:
     """
     takers = [target]
     if inspect.isclass(target):
+        if getattr(target.__init__, "__module__", None) == "torch.nn.modules.module":
+            return set()  # nn.Module's has **kwargs, and refuses them
         package = target.__module__.partition(".")[0]
         bases = [base for base in target.__mro__[1:] if "__init__" in vars(base)]
         takers += [base for base in bases if base.__module__.partition(".")[0] == package]

@@ -491,6 +491,40 @@ experiment=search_digits +optimizer.schedule.foo=3
     Unknown key of optimizer.schedule 'foo'. Choices
 experiment=search_digits hardware=[1,2]
     A group takes a name, or a list of names
+experiment=search_digits +method.relaxation.foo=1
+    Unknown key of method.relaxation 'foo'. Choices: none
+experiment=search_digits method.relaxation._target_=dartsl.networks.Softma
+    method.relaxation._target_=dartsl.networks.Softma names no class and no function
+experiment=search_digits method.relaxation._target_=foo.bar
+    method.relaxation._target_=foo.bar names no class and no function
+experiment=search_digits method.relaxation._target_=dartsl.networks
+    method.relaxation._target_=dartsl.networks names no class and no function
+experiment=search_digits method.relaxation._target_=..x
+    method.relaxation._target_=..x names no class and no function
+experiment=search_digits method.relaxation._target_=null
+    method.relaxation._target_=None names no class and no function
+experiment=search_digits method.relaxation._target_=[]
+    method.relaxation._target_=[] names no class and no function
+experiment=search_digits ~supernet._target_
+    supernet lacks a _target_, the name of the class that it describes: leave supernet as it was
+experiment=search_digits supernet=null
+    supernet lacks a _target_
+experiment=search_digits ~module._target_
+    module lacks a _target_
+experiment=train_digits genotype=darts_v1 ~network._target_
+    network lacks a _target_
+experiment=search_digits ~data._target_
+    data lacks a _target_
+experiment=search_digits ~hardware
+    trainer lacks a _target_
+experiment=search_digits ~callbacks.checkpoint._target_
+    callbacks.checkpoint lacks a _target_
+experiment=search_digits callbacks.progress=null
+    callbacks.progress lacks a _target_
+experiment=search_digits +callbacks.foo.bar=1
+    callbacks.foo lacks a _target_
+experiment=search_digits +logger.foo=1
+    logger.foo lacks a _target_
 experiment=search_digits trainer.max_epochs=0
     trainer.max_epochs=0 trains nothing
 experiment=search_digits trainer.max_epochs=-1
@@ -609,6 +643,14 @@ def test_a_mistake_ends_in_one_sentence(arguments: str, sentence: str, command: 
     assert sentence in last
     assert "Traceback" not in result.error + result.out
     assert not list(Path.cwd().rglob("genotype*.yaml"))
+
+
+def test_a_target_whose_module_fails_shows_where(command: Command, monkeypatch) -> None:
+    """That it imports what is not there is a bug of the module's, not of the command's."""
+    monkeypatch.syspath_prepend(Path.cwd())
+    Path("own_part.py").write_text("import no_such_module")
+    with pytest.raises(ImportError, match="no_such_module"):
+        command("experiment=search_digits", "method.relaxation._target_=own_part.Relaxation")
 
 
 def test_batches_of_one_image_for_the_auxiliary_head(command: Command) -> None:
