@@ -25,6 +25,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
+    InstantiationException,
     MissingConfigException,
     OverrideParseException,
 )
@@ -92,18 +93,76 @@ def _missing_keys(node: Any, path: tuple[str, ...] = ()) -> list[str]:
 _TASK_TYPES = {
     "task": str, "seed": int, "threads": int | None, "ckpt_path": str | None, "output_dir": str,
     "print_config": bool, "test": bool, "next_experiment": str | None, "run_dir": str,
-    "random_cells": int,
+    "random_cells": int, "genotypes": str | list | None, "title": str | None,
+    "experiments": tuple[str, str],
 }  # fmt: skip
 
 
 def check_types(cfg: DictConfig) -> None:
     """Raise a UserError for a value of another name or type than what it is given to takes."""
     plain = OmegaConf.to_container(cfg, resolve=True)
-    _check_types("", cast(dict[str, Any], plain), _TASK_TYPES)
+    plain = cast(dict[str, Any], plain)
+    _check_types("", plain, _TASK_TYPES)
+    _check_built(plain)
+    _check_trainer(plain.get("trainer") or {})
     for path, node in _targets(plain):
-        target = get_object(node["_target_"])
+        target = _find_target(path, node["_target_"])
         _check_names(path, node, parameter_names(target))
         _check_types(path, node, parameter_types(target))
+
+
+def _check_built(plain: dict[str, Any]) -> None:
+    """Raise a UserError for a part of which nothing can be built."""
+    built = {name: plain[name] for name in _BUILT if name in plain}
+    for group in _BUILT_EACH:
+        built |= {f"{group}.{name}": node for name, node in (plain.get(group) or {}).items()}
+    for name, node in built.items():
+        if not (isinstance(node, dict) and "_target_" in node):
+            raise UserError(
+                f"{name} lacks a _target_, the name of the class that it describes: leave {name} "
+                f"as it was, or give {name}._target_=CLASS."
+            )
+
+
+# Parts of the config from which something is built, and groups of such parts.
+_BUILT = ("supernet", "network", "module", "data", "trainer")
+_BUILT_EACH = ("callbacks", "logger")
+
+
+def _check_trainer(trainer: dict[str, Any]) -> None:
+    """Raise a UserError for what Lightning takes and then fails with."""
+    for key in ("check_val_every_n_epoch", "val_check_interval"):
+        if trainer.get(key) == 0:
+            raise UserError(
+                f"trainer.{key}=0 must be above 0; trainer.limit_val_batches=0 validates nothing."
+            )
+    strategy = trainer.get("strategy", "auto")
+    if isinstance(strategy, str) and strategy != "auto":
+        raise UserError(
+            f"trainer.strategy={strategy} does not average what a search and a training average: "
+            "leave it out, or choose hardware=multi_gpu, ddp_cpu or multi_node."
+        )
+
+
+def _find_target(path: str, name: Any) -> Any:
+    """What a `_target_` names; what fails within the module that it names is no misspelling."""
+    target = None
+    try:
+        target = get_object(name) if isinstance(name, str) else None
+    except (ImportError, ValueError) as error:
+        cause = error.__cause__
+        if isinstance(cause, ModuleNotFoundError):
+            misspelt = f"{name}.".startswith(f"{cause.name}.")
+        else:
+            misspelt = cause is None or isinstance(cause, AttributeError)
+        if not misspelt:
+            raise
+    if not callable(target):
+        raise UserError(
+            f"{path}_target_={name} names no class and no function: give its whole name, as "
+            "dartsl.networks.Supernet is one."
+        )
+    return target
 
 
 def _check_names(path: str, node: dict[str, Any], names: set[str] | None) -> None:
@@ -134,6 +193,8 @@ def parameter_names(target: Any) -> set[str] | None:
     """
     takers = [target]
     if inspect.isclass(target):
+        if getattr(target.__init__, "__module__", None) == "torch.nn.modules.module":
+            return set()  # nn.Module's has **kwargs, and refuses them
         package = target.__module__.partition(".")[0]
         bases = [base for base in target.__mro__[1:] if "__init__" in vars(base)]
         takers += [base for base in bases if base.__module__.partition(".")[0] == package]
@@ -184,13 +245,23 @@ def admits(hint: Any, value: Any) -> bool:
         return True
     if getattr(origin, "_is_protocol", False):
         return False  # no plain value fulfils one
-    if isinstance(value, list | dict):
-        return issubclass(type(value), origin) or (isinstance(value, list) and origin is tuple)
+    if isinstance(value, list):
+        return (origin is tuple or issubclass(list, origin)) and _admits_each(hint, value)
+    if isinstance(value, dict):
+        return issubclass(dict, origin)
     if value is None or isinstance(value, bool):
         return origin is type(value)
     if origin in _ALSO_TAKE:
         return isinstance(value, _ALSO_TAKE[origin])
     return origin in (int, str) and isinstance(value, origin)  # nothing else is a plain value
+
+
+def _admits_each(hint: Any, values: list[Any]) -> bool:
+    """Whether a list's, or a tuple's, elements may be these."""
+    parts = typing.get_args(hint)
+    if len(parts) == 1 or parts[1:] == (...,):
+        return all(admits(parts[0], value) for value in values)
+    return not parts or (len(parts) == len(values) and all(map(admits, parts, values)))
 
 
 _ALSO_TAKE: dict[Any, Any] = {float: int | float, Path: str}
@@ -215,6 +286,10 @@ def _plain_choices(hint: Any) -> Iterator[str]:
             yield from _plain_choices(part)
     elif origin is Literal:
         yield from map(str, arguments)
+    elif origin is tuple and arguments and ... not in arguments:
+        yield f"a list of {len(arguments)}, each {describe(arguments[0])}"
+    elif _WORDS.get(origin) == "a list" and arguments:
+        yield f"a list, each {describe(arguments[0])}"
     else:
         yield _WORDS.get(origin or hint, f"a {getattr(hint, '__name__', hint)}")
 
@@ -247,10 +322,10 @@ EXTRAS = {
 }
 
 
-# Errors of disks and rights: no bug of ours, and nothing that a traceback would explain.
+# Errors of disks, rights and names: no bug of ours, and nothing that a traceback would explain.
 OF_THE_MACHINE = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
-    errno.ENOTDIR,
+    errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP,
 )  # fmt: skip
 
 
@@ -263,13 +338,21 @@ def find_mistake(error: BaseException | None, groups: Collection[str]) -> UserEr
     """
     if error is None or isinstance(error, UserError):
         return error
-    if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+    if isinstance(error, OSError) and (
+        error.errno in OF_THE_MACHINE or _raised_in(error) == "hydra.core.utils"  # run's folder
+    ):
         name = "" if error.filename is None else f" {str(error.filename)!r}"
         return UserError(f"Cannot use the file or folder{name}: {error.strerror}.")
     if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
         return UserError(
             "BatchNorm has nothing to normalise in a batch of one image whose maps are one pixel: "
             "set data.batch_size to at least 2 or, of a training, network.auxiliary=false."
+        )
+    if isinstance(error, InstantiationException) and _is_refused(error.__cause__):
+        reason, _, key = str(error).rpartition("full_key: ")
+        reason = " ".join(str(error.__cause__ or reason).split())
+        return UserError(
+            f"{key} cannot be built: {reason.rstrip('.')}. `--cfg job` shows what it is given."
         )
     if type(error).__name__ == "MisconfigurationException":  # Lightning's word for a mistake
         return UserError(" ".join(str(error).split()))
@@ -288,7 +371,11 @@ def find_mistake(error: BaseException | None, groups: Collection[str]) -> UserEr
             return unknown(f"key of {node}", key, choices)
         return _no_part(key) if key in groups else unknown("key", key, choices.union(groups))
     if isinstance(error, OverrideParseException):
-        return UserError(f"Cannot read {error.override!r}: {str(error).splitlines()[0]}.")
+        key, _, value = str(error.override).partition("=")
+        return UserError(
+            f"Cannot read {error.override!r}: {str(error).splitlines()[0]}. A text with signs like "
+            f'these is quoted, for Hydra and for the shell: "{key}={quote(value)}"'
+        )
     if isinstance(error, TypeError) and _raised_in(error) == "hydra._internal.defaults_list":
         return UserError("A group takes a name, or a list of names, and nothing else: data=digits.")
     cause = error.__cause__ or error.__context__
@@ -306,14 +393,27 @@ def find_mistake(error: BaseException | None, groups: Collection[str]) -> UserEr
     return mistake
 
 
+def _is_refused(cause: BaseException | None) -> bool:
+    """Whether Hydra refuses to call a target, or the call itself does not fit it.
+
+    What fails within the target is no mistake in a config; those of our data pass arguments on.
+    """
+    return cause is None or (
+        isinstance(cause, TypeError)
+        and re.search(r"\(\) (missing \d+ required|got an unexpected) ", str(cause)) is not None
+        and str(_raised_in(cause)).startswith(("hydra.", "dartsl.data."))
+    )
+
+
 def _no_part(name: str) -> UserError:
     return UserError(f"{name!r} is no part of this experiment; what is, `--cfg job` shows.")
 
 
 def _raised_in(error: BaseException) -> str | None:
-    """The name of the module whose code raised an exception."""
+    """The name of the module whose code raised an exception, or asked pathlib for it."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return frames[-1].f_globals.get("__name__") if frames else None
+    names = [frame.f_globals.get("__name__") for frame in frames]
+    return next((name for name in reversed(names) if name != "pathlib"), None)
 
 
 # What may differ between a run and the one that goes on with it: nothing of it moves a number.
@@ -383,17 +483,21 @@ def compose_experiment(name: str, *overrides: str) -> DictConfig:
     try:
         given = [f"experiment={name}", "print_config=false", *given_overrides()]
         return compose("config", [*given, *overrides])
+    except MissingConfigException:  # it names the choices
+        raise
     except HydraException as error:
-        raise UserError(f"experiment={name} does not take what was given: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"experiment={name} does not take what was given: {reason}") from error
 
 
 # ---- commands ------------------------------------------------------------------------------------
 
 
 def given_overrides() -> list[str]:
-    """The overrides of the command line but the experiment's name."""
+    """The overrides of the command line but the names of experiments."""
     given = HydraConfig.get().overrides.task
-    return [override for override in given if not override.startswith("experiment=")]
+    names = ("experiment=", "experiments=")
+    return [override for override in given if not override.startswith(names)]
 
 
 def kept_overrides(given: Iterable[str] | None = None) -> list[str]:

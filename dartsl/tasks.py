@@ -130,6 +130,7 @@ def select(cfg: DictConfig) -> float | None:
 def draw(cfg: DictConfig) -> None:
     """A picture of the cells of one genotype, or of several side by side, as PNG and SVG."""
     check_missing(cfg)
+    check_types(cfg)
     names = [cfg.genotypes] if isinstance(cfg.genotypes, str) else cfg.genotypes or []
     named = [(str(name), find_named_genotype(str(name))) for name in names]
     if cfg.get("genotype") is not None or not named:
@@ -141,12 +142,14 @@ def draw(cfg: DictConfig) -> None:
 def report(cfg: DictConfig) -> None:
     """The report of a run or a sweep, made again from its folder."""
     check_missing(cfg)
+    check_types(cfg)
     for path in write_report(cfg.run_dir):
         print(relative(path))
 
 
 def quick_start(cfg: DictConfig) -> None:
     """Search, then train what was found: two experiments, given the overrides of this run."""
+    check_types(cfg)
     if cfg.ckpt_path is not None:
         raise UserError(
             "The quick start is two runs, which no one checkpoint goes on with: give resume=auto "
@@ -161,7 +164,8 @@ def quick_start(cfg: DictConfig) -> None:
     run(trained)
     keep_result(cfg, **(load_result(trained.output_dir) or {}))
     leave_report(folder)
-    print_command(command(f"experiment={cfg.next_experiment}"))
+    if cfg.get("next_experiment") is not None:
+        print_command(command(f"experiment={cfg.next_experiment}"))
 
 
 # ---- parts ---------------------------------------------------------------------------------------
@@ -259,7 +263,9 @@ def report_genotype(cfg: DictConfig, trainer: pl.Trainer, artifact: str | None) 
     if artifact is not None:
         rows["Artifact"] = artifact
     print_summary("The search", rows | report_row(cfg))
-    if cfg.next_experiment is not None and "Genotype" in rows:  # without callbacks there is none
+    if (
+        cfg.get("next_experiment") is not None and "Genotype" in rows
+    ):  # without callbacks there is none
         print_command(next_command(cfg))
 
 

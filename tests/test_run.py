@@ -18,6 +18,7 @@ import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
@@ -491,6 +492,54 @@ experiment=search_digits +optimizer.schedule.foo=3
     Unknown key of optimizer.schedule 'foo'. Choices
 experiment=search_digits hardware=[1,2]
     A group takes a name, or a list of names
+experiment=search_digits +method.relaxation.foo=1
+    Unknown key of method.relaxation 'foo'. Choices: none
+experiment=search_digits method.relaxation._target_=dartsl.networks.Softma
+    method.relaxation._target_=dartsl.networks.Softma names no class and no function
+experiment=search_digits method.relaxation._target_=foo.bar
+    method.relaxation._target_=foo.bar names no class and no function
+experiment=search_digits method.relaxation._target_=dartsl.networks
+    method.relaxation._target_=dartsl.networks names no class and no function
+experiment=search_digits method.relaxation._target_=..x
+    method.relaxation._target_=..x names no class and no function
+experiment=search_digits method.relaxation._target_=null
+    method.relaxation._target_=None names no class and no function
+experiment=search_digits method.relaxation._target_=[]
+    method.relaxation._target_=[] names no class and no function
+experiment=search_digits ~supernet._target_
+    supernet lacks a _target_, the name of the class that it describes: leave supernet as it was
+experiment=search_digits supernet=null
+    supernet lacks a _target_
+experiment=search_digits ~module._target_
+    module lacks a _target_
+experiment=train_digits genotype=darts_v1 ~network._target_
+    network lacks a _target_
+experiment=search_digits ~data._target_
+    data lacks a _target_
+experiment=search_digits ~hardware
+    trainer lacks a _target_
+experiment=search_digits ~callbacks.checkpoint._target_
+    callbacks.checkpoint lacks a _target_
+experiment=search_digits callbacks.progress=null
+    callbacks.progress lacks a _target_
+experiment=search_digits +callbacks.foo.bar=1
+    callbacks.foo lacks a _target_
+experiment=search_digits +logger.foo=1
+    logger.foo lacks a _target_
+experiment=search_digits ~data.mean
+    data cannot be built: ImageDataModule.__init__() missing 1 required keyword-only argument
+experiment=search_digits ~optimizer.weights._partial_
+    module.weight_optimizer cannot be built: SGD.__init__() missing 1 required
+experiment=search_digits method.relaxation._target_=os.system
+    It cannot be authorized
+experiment=search_digits data.mean=[a]
+    data.mean=['a'] must be a list, each a number
+experiment=search_digits method.arch_optimizer.betas=[0.5]
+    method.arch_optimizer.betas=[0.5] must be a list of 2, each a number
+experiment=search_digits +trainer.check_val_every_n_epoch=0
+    trainer.check_val_every_n_epoch=0 must be above 0
+experiment=search_digits +trainer.strategy=ddp
+    trainer.strategy=ddp does not average what
 experiment=search_digits trainer.max_epochs=0
     trainer.max_epochs=0 trains nothing
 experiment=search_digits trainer.max_epochs=-1
@@ -507,6 +556,8 @@ experiment=search_digits optimizer.schedule.num_epochs=-1
     optimizer.schedule.num_epochs=-1 must be at least 1
 experiment=search_digits supernet.channels=[
     Cannot read 'supernet.channels=['
+experiment=search_digits data.root=~/x
+    is quoted, for Hydra and for the shell: "data.root='~/x'"
 experiment=search_digits supernet.channels=0
     channels is 0; it is at least 1
 experiment=search_digits trainer.max_epochs=abc
@@ -583,8 +634,22 @@ experiment=search_digits callbacks.checkpoint.every_n_minutes=-1
     callbacks.checkpoint.every_n_minutes=-1 must be positive
 experiment=search_digits hydra.run.dir={ROOT}/README.md/x
     Cannot use the file or folder
+experiment=search_digits hydra.run.dir={ROOT}/README.md
+    README.md': File exists
+experiment=draw genotype=darts_v2 hydra.run.dir=/proc/x
+    Cannot use the file or folder '/proc/x': No such file or directory
+experiment=draw genotype=darts_v2 output_dir=null
+    output_dir=None must be a text
+experiment=draw genotypes=3
+    genotypes=3 must be one of a text, a list
+experiment=draw genotype=darts_v2 title=3
+    title=3 must be a text
 experiment=report
     The command lacks run_dir=...
+experiment=report run_dir=null
+    run_dir=None must be a text
+experiment=report run_dir=[a]
+    run_dir=['a'] must be a text
 experiment=report run_dir=nowhere
     No run in 'nowhere': give run_dir=FOLDER
 experiment=draw genotypes=[darts_v1,drats_v2]
@@ -595,6 +660,12 @@ experiment=draw genotypes=[outputs/no.yaml]
     Cannot read the genotype file 'outputs/no.yaml'
 ckpt_path=last
     The quick start is two runs
+experiments=3
+    experiments=3 must be a list of 2, each a text
+experiments=[]
+    experiments=[] must be a list of 2
+experiments=[search_digit,train_digits]
+    Unknown experiment 'search_digit'. Did you mean 'search_digits'?
 """
 
 
@@ -609,6 +680,18 @@ def test_a_mistake_ends_in_one_sentence(arguments: str, sentence: str, command: 
     assert sentence in last
     assert "Traceback" not in result.error + result.out
     assert not list(Path.cwd().rglob("genotype*.yaml"))
+
+
+def test_a_target_of_ones_own_that_fails_shows_where(command: Command, monkeypatch) -> None:
+    """What it lacks itself is a bug of its module, not of the command."""
+    monkeypatch.syspath_prepend(Path.cwd())
+    search = ("experiment=search_digits", "data.max_images=20", "method.relaxation._target_=")
+    Path("own_part.py").write_text("import no_such_module")
+    with pytest.raises(ImportError, match="no_such_module"):
+        command(*search[:2], f"{search[2]}own_part.Relaxation")
+    Path("own_call.py").write_text("def part(x): ...\ndef relaxation(): return part()")
+    with pytest.raises(InstantiationException, match="missing 1 required"):
+        command(*search[:2], f"{search[2]}own_call.relaxation")
 
 
 def test_batches_of_one_image_for_the_auxiliary_head(command: Command) -> None:
@@ -814,6 +897,14 @@ def test_an_evaluation_writes_over_no_training(command: Command) -> None:
     assert done.code == 1
     assert "here holds a run already: choose another folder" in done.error
     assert {path: path.read_bytes() for path in Path("here").glob("*.yaml")} == before
+
+
+@pytest.mark.slow
+def test_without_a_next_experiment(command: Command) -> None:
+    done = command("experiment=search_digits", *ON_DIGITS, *SMALL_SEARCH, "~next_experiment")
+    assert done.code == 0, done.error
+    assert "Genotype: " in done.out
+    assert "Next:" not in done.out
 
 
 @pytest.mark.slow
