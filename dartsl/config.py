@@ -100,8 +100,7 @@ _TASK_TYPES = {
 
 def check_types(cfg: DictConfig) -> None:
     """Raise a UserError for a value of another name or type than what it is given to takes."""
-    plain = OmegaConf.to_container(cfg, resolve=True)
-    plain = cast(dict[str, Any], plain)
+    plain = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     _check_types("", plain, _TASK_TYPES)
     _check_built(plain)
     _check_trainer(plain.get("trainer") or {})
