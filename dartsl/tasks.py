@@ -263,9 +263,8 @@ def report_genotype(cfg: DictConfig, trainer: pl.Trainer, artifact: str | None) 
     if artifact is not None:
         rows["Artifact"] = artifact
     print_summary("The search", rows | report_row(cfg))
-    if (
-        cfg.get("next_experiment") is not None and "Genotype" in rows
-    ):  # without callbacks there is none
+    # Without callbacks there is no genotype.
+    if cfg.get("next_experiment") is not None and "Genotype" in rows:
         print_command(next_command(cfg))
 
 
