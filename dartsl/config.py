@@ -192,8 +192,9 @@ def parameter_names(target: Any) -> set[str] | None:
     """
     takers = [target]
     if inspect.isclass(target):
-        if getattr(target.__init__, "__module__", None) == "torch.nn.modules.module":
-            return set()  # nn.Module's has **kwargs, and refuses them
+        torch = sys.modules.get("torch")
+        if torch is not None and target.__init__ is torch.nn.Module.__init__:
+            return set()  # it has **kwargs, and refuses them
         package = target.__module__.partition(".")[0]
         bases = [base for base in target.__mro__[1:] if "__init__" in vars(base)]
         takers += [base for base in bases if base.__module__.partition(".")[0] == package]

@@ -191,7 +191,7 @@ def test_random_cells_are_of_the_space_that_was_searched(tmp_path: Path) -> None
     assert all(len(each.genotype.normal) == 6 for each in drawn)
 
 
-@pytest.mark.parametrize("nodes", [1, 2, 4])
+@pytest.mark.parametrize("nodes", [1, 3])
 def test_networks_are_counted_without_being_built(nodes: int) -> None:
     built = []
 
@@ -201,12 +201,12 @@ def test_networks_are_counted_without_being_built(nodes: int) -> None:
         return sum(parameter.numel() for parameter in network.parameters())
 
     space = SearchSpace(num_intermediate_nodes=nodes)
-    genotypes = [random_genotype(space, seed) for seed in range(100, 110)]
+    genotypes = [random_genotype(space, seed) for seed in range(100, 106)]
     quick = quick_count(count, space)
     counted = [quick(genotype) for genotype in genotypes]
     assert len(built) <= 1 + 2 * 2 * 7  # kinds of cell, places and primitives
     assert counted == [count(genotype) for genotype in genotypes]
-    assert len(set(counted)) > 5
+    assert len(set(counted)) > 3
 
 
 def test_its_trainings_are_no_trainings_to_weights_and_biases(tmp_path: Path) -> None:
