@@ -201,7 +201,7 @@ def _checked_edges(cell: str, edges: Iterable[Any]) -> tuple[Edge, ...]:
     checked: list[Edge] = []
     for index, pair in enumerate(pairs):
         entry = () if isinstance(pair, str) else _as_tuple(f"{cell} cell", pair)
-        if len(entry) != 2 or not isinstance(entry[0], str) or not _is_node(entry[1]):
+        if len(entry) != 2 or not isinstance(entry[0], str) or not is_whole_number(entry[1]):
             raise UserError(f"The {cell} cell holds {pair!r} where a [primitive, source] belongs.")
         node = index // 2 + 2
         if not 0 <= entry[1] < node:
@@ -218,7 +218,7 @@ def _checked_edges(cell: str, edges: Iterable[Any]) -> tuple[Edge, ...]:
 def _checked_concat(cell: str, concat: Iterable[Any], num_nodes: int) -> tuple[int, ...]:
     nodes = _as_tuple(f"{cell}_concat", concat)
     valid = range(2, num_nodes + 2)
-    if not nodes or any(not _is_node(node) or node not in valid for node in nodes):
+    if not nodes or any(not is_whole_number(node) or node not in valid for node in nodes):
         raise UserError(
             f"{cell}_concat is {list(nodes)!r}; it lists intermediate nodes, 2 to {num_nodes + 1}."
         )
@@ -227,7 +227,8 @@ def _checked_concat(cell: str, concat: Iterable[Any], num_nodes: int) -> tuple[i
     return tuple(map(int, nodes))
 
 
-def _is_node(value: Any) -> bool:
+def is_whole_number(value: Any) -> bool:
+    """Whether a value is an integer, of numpy too, and no bool."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
@@ -254,7 +255,7 @@ def _literal(node: ast.expr) -> Any:
     """A literal, or a `range` of at most two literal bounds below 100."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "range":
         bounds = [ast.literal_eval(bound) for bound in node.args]
-        if node.keywords or any(not _is_node(bound) or abs(bound) > 100 for bound in bounds):
+        if node.keywords or any(not is_whole_number(bound) or abs(bound) > 100 for bound in bounds):
             raise ValueError("not the range of a cell")
         return list(range(*bounds))
     if (

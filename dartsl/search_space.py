@@ -7,11 +7,10 @@ import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 from dartsl.errors import UserError, unknown
-from dartsl.genotype import Edge, Genotype
+from dartsl.genotype import Edge, Genotype, is_whole_number
 from dartsl.operations import OPERATIONS
 
 DARTS_PRIMITIVES = (
@@ -57,7 +56,7 @@ class SearchSpace:
         if not set(self.primitives) - {"none"}:
             raise UserError("A search space needs at least one primitive other than 'none'.")
         nodes = self.num_intermediate_nodes
-        if isinstance(nodes, bool) or not isinstance(nodes, Integral) or nodes < 1:
+        if not is_whole_number(nodes) or nodes < 1:
             raise UserError(f"num_intermediate_nodes is {nodes!r}; it is a whole number from 1 on.")
 
     @property

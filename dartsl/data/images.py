@@ -182,8 +182,8 @@ def decode(path: Path, channels: int, size: int | None) -> Tensor:
     except Image.DecompressionBombError as error:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise UserError(
-            f"The image {path} has more than {most:,} pixels, which few files that are no attack "
-            "have: make it smaller."
+            f"The image {path} has more than {most:,} pixels, the most that are read: make it "
+            "smaller."
         ) from error
     except _BROKEN_FILE as error:
         raise UserError(

@@ -59,7 +59,8 @@ class EpochMetrics(nn.Module):
         """Count a batch: its mean loss, logits [B, K] and labels [B]."""
         loss = loss.detach()
         counts = loss.isfinite() if self.skips else torch.ones_like(loss, dtype=torch.bool)
-        correct = (logits.argmax(1) == labels) & logits.amax(1).isfinite()
+        highest, predicted = logits.max(1)
+        correct = (predicted == labels) & highest.isfinite()
         count = len(labels) * counts.float()
         self.loss.update(torch.where(counts, loss, 0.0) * count)
         self.correct.update(correct.sum() * counts)

@@ -1,8 +1,7 @@
 """What supernet and final network share: where cells reduce, and how they take their inputs."""
 
-from numbers import Integral
-
 from dartsl.errors import UserError
+from dartsl.genotype import is_whole_number
 from dartsl.operations import FactorizedReduce, ReLUConvBN
 
 _LARGEST = 65_536  # beyond any network; torch fails on what is no 64-bit number
@@ -11,7 +10,7 @@ _LARGEST = 65_536  # beyond any network; torch fails on what is no 64-bit number
 def check_sizes(**sizes: int) -> None:
     """Raise a UserError for a size of a network, given by name, that is below 1 or absurd."""
     for name, value in sizes.items():
-        if not isinstance(value, Integral):
+        if not is_whole_number(value):
             raise UserError(f"{name} is {value!r}; it is a whole number.")
         if value < 1:
             raise UserError(f"{name} is {value}; it is at least 1.")

@@ -38,8 +38,8 @@ def leave_report(folder: str | Path) -> None:
         return
     try:
         write_report(folder)
-    except UserError:
-        log.warning("No report: the run has ended within its first epoch.")
+    except UserError as error:
+        log.warning("No report (a run that ends within its first epoch has none): %s", error)
     except Exception:
         log.warning("The report of %s could not be written.", folder, exc_info=True)
 
