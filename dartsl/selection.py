@@ -81,7 +81,7 @@ def select(cfg: DictConfig, train: Callable[[DictConfig], float | None]) -> floa
     chosen = names if cfg.only is None else [str(cfg.only)]
     if not set(chosen) <= set(names):
         raise unknown("candidate", cfg.only, names)
-    accuracies = {c: a for c in candidates if (a := finished_accuracy(cfg, c)) is not None}
+    accuracies = finished_accuracies(cfg, candidates)
     for candidate in candidates:
         if candidate not in accuracies and candidate.name in chosen:
             print(f"\nTraining {candidate.name} ({len(accuracies) + 1} of {len(candidates)})")
@@ -93,7 +93,8 @@ def select(cfg: DictConfig, train: Callable[[DictConfig], float | None]) -> floa
                 )
             accuracies[candidate] = accuracy
     if is_first_process():
-        report(cfg, candidates, accuracies)
+        # Other jobs may have trained other candidates meanwhile.
+        report(cfg, candidates, accuracies | finished_accuracies(cfg, candidates))
     return max(accuracies.values())
 
 
@@ -249,6 +250,12 @@ def training_of(cfg: DictConfig, candidate: Candidate) -> DictConfig:
             if "job_type" in logger:  # of Weights & Biases
                 logger.job_type = "select"
     return training
+
+
+def finished_accuracies(cfg: DictConfig, candidates: Iterable[Candidate]) -> dict[Candidate, float]:
+    """The validation accuracies of the candidates whose training has ended."""
+    found = {candidate: finished_accuracy(cfg, candidate) for candidate in candidates}
+    return {candidate: value for candidate, value in found.items() if value is not None}
 
 
 def finished_accuracy(cfg: DictConfig, candidate: Candidate) -> float | None:

@@ -8,11 +8,12 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dartsl.genotype import Genotype, published
 from dartsl.networks import FinalNetwork
 from dartsl.search_space import SearchSpace, random_genotype
-from dartsl.selection import Candidate, find_candidates, quick_count, training_of
+from dartsl.selection import Candidate, find_candidates, quick_count, select, training_of
 from tests.test_run import (  # noqa: F401
     CONF,
     SMALL_TRAIN,
@@ -219,6 +220,28 @@ def test_its_trainings_are_no_trainings_to_weights_and_biases(tmp_path: Path) ->
     assert training.task == "train"
     assert training.logger.wandb.job_type == "select"
     assert cfg.logger.wandb.job_type == "select"  # its own, by its task
+
+
+def test_of_trainings_side_by_side_the_last_one_tells_of_all(tmp_path: Path, capsys) -> None:
+    """As of `-m only=0,1` with a launcher of parallel jobs."""
+    for name in ("0", "1"):
+        keep(tmp_path / name, "darts_v1", {"task": "search"})
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        overrides = ["experiment=select_digits", f"run_dir={tmp_path}", "only=1"]
+        cfg = compose("config", overrides, return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+    with open_dict(cfg):
+        del cfg["hydra"]
+
+    def train(training: DictConfig) -> float:
+        for name in ("0", "1"):
+            (tmp_path / "select" / name).mkdir(exist_ok=True)
+            keep(tmp_path / "select" / name, "darts_v1", OmegaConf.to_container(cfg, resolve=True))
+        return 0.5
+
+    assert select(cfg, train) == 0.5
+    assert "Not trained yet" not in capsys.readouterr().out
+    assert (tmp_path / "select" / "genotype.yaml").exists()
 
 
 # What is added to the command, and what the sentence says.
