@@ -18,7 +18,8 @@ REPORT_FILE = "report.html"
 def whole_file(path: str | Path) -> Iterator[Path]:
     """A path to write to; what stands there afterwards takes the place of `path`, at once.
 
-    Until then `path` is what it was, and so it stays where writing fails. Folders are made.
+    Until then `path` is what it was, and so it stays where writing fails. Folders are made. Several
+    processes may write it, such as the jobs of a sweep; the last one's stays.
 
     Args:
         path: of the file.
@@ -27,7 +28,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         UserError: where it cannot be written: a full disk, a folder that is read-only or gone.
     """
     path = Path(path)
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
