@@ -121,9 +121,9 @@ def _read_job(folder: Path) -> Job:
     return Job(folder, tuple(overrides or ()), None if error else load_result(folder), error)
 
 
-def natural(path: Path) -> tuple[bool, int, str]:
+def natural(path: Path) -> list[tuple[bool, int, str]]:
     """A key by which folders sort: numbered ones first, 10 after 9."""
-    return (False, int(path.name), "") if path.name.isdecimal() else (True, 0, str(path))
+    return [(False, int(part), "") if part.isdecimal() else (True, 0, part) for part in path.parts]
 
 
 # ---- summary -------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import yaml
 from dartsl.files import CONFIG_FILE, ENVIRONMENT_FILE, RESULT_FILE
 from dartsl.genotype import GENOTYPE_FILE, Genotype
 from dartsl.history import HISTORY_FILE, TEST_FILE, read_history
+from dartsl.sweep import natural
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,7 @@ def runs_below(folder: Path) -> list[Run]:
     for path in folder.glob("*/.hydra"):  # of a job that failed before it began too
         if not any(run.is_relative_to(path.parent) for run in runs):
             runs.add(path.parent)
-    return [Run(path) for path in sorted(runs, key=_natural)]
-
-
-def _natural(path: Path) -> list[tuple[int, int, str]]:
-    """Job 10 after job 9."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in path.parts]
+    return [Run(path) for path in sorted(runs, key=natural)]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -110,6 +110,12 @@ def test_a_run_is_finished_when_it_says_so(tmp_path: Path) -> None:
     assert finished == {"untested", "of_many_steps"}
 
 
+def test_runs_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for name in ("²", "10", "9"):  # the first is a digit, but no number
+        write_training(tmp_path / name, accuracy=None)
+    assert [run.folder.name for run in runs_below(tmp_path)] == ["9", "10", "²"]
+
+
 def means_of_trainings(folder: Path) -> list[list[str]]:
     """What the report of a folder's runs says of their test accuracy."""
     write_report(folder)
