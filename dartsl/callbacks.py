@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dartsl.distributed import is_first_process
 from dartsl.errors import UserError
-from dartsl.genotype import GENOTYPE_FILE, Genotype
+from dartsl.genotype import GENOTYPE_FILE, Genotype, count_skips
 from dartsl.loggers import PICTURE_GROUP, log_picture, takes_pictures
 from dartsl.modules import SearchModule
 from dartsl.modules.resumable import ResumableModule
@@ -107,7 +107,7 @@ class CollapseWarning(pl.Callback):
         if not pl_module.epoch_is_complete():
             return
         edges = pl_module.genotype().normal
-        skips = sum(primitive == "skip_connect" for primitive, _ in edges)
+        skips = count_skips(edges)
         if skips > self.max_skip_connections and trainer.is_global_zero:
             log.warning(
                 "Epoch %d: %d of the normal cell's %d edges are skip connections: the search may "

@@ -227,6 +227,11 @@ def _checked_concat(cell: str, concat: Iterable[Any], num_nodes: int) -> tuple[i
     return tuple(map(int, nodes))
 
 
+def count_skips(edges: Iterable[Edge]) -> int:
+    """How many edges of a cell are skip connections."""
+    return sum(primitive == "skip_connect" for primitive, _ in edges)
+
+
 def is_whole_number(value: Any) -> bool:
     """Whether a value is an integer, of numpy too, and no bool."""
     return isinstance(value, Integral) and not isinstance(value, bool)

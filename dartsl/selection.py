@@ -27,7 +27,7 @@ from dartsl.config import (
 from dartsl.distributed import is_first_process
 from dartsl.errors import UserError, unknown
 from dartsl.files import CONFIG_FILE, RESULT_FILE, whole_file
-from dartsl.genotype import GENOTYPE_FILE, Edge, Genotype
+from dartsl.genotype import GENOTYPE_FILE, Edge, Genotype, count_skips
 from dartsl.search_space import CELL_KINDS, SearchSpace, random_genotype
 from dartsl.sweep import load_result, natural
 from dartsl.terminal import print_command
@@ -312,13 +312,12 @@ def report(
 
 def table_row(place: int, candidate: Candidate, accuracy: float) -> dict[str, Any]:
     """A line of the table."""
-    skips = sum(primitive == "skip_connect" for primitive, _ in candidate.genotype.normal)
     return {
         "place": place,
         "genotype": candidate.name,
         "validation accuracy (%)": f"{100 * accuracy:.2f}",
         "parameters": candidate.num_parameters,
-        "skip connections (normal)": skips,
+        "skip connections (normal)": count_skips(candidate.genotype.normal),
     }
 
 

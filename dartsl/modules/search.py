@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dartsl.distributed import average, check_replicas
 from dartsl.errors import UserError
-from dartsl.genotype import Genotype
+from dartsl.genotype import Genotype, count_skips
 from dartsl.hypergradient import (
     BilevelProblem,
     Hypergradient,
@@ -256,7 +256,7 @@ class SearchModule(ResumableModule):
         self.log_epoch("search/skipped_", {"alpha_steps": alpha.skipped.float()})
         genotype = self.genotype()
         for kind, strengths in self.supernet.strengths().items():
-            skips = sum(primitive == "skip_connect" for primitive, _ in getattr(genotype, kind))
+            skips = count_skips(getattr(genotype, kind))
             self.log_epoch(f"alpha/{kind}_", {"entropy": edge_entropies(strengths).mean()})
             self.log_epoch(f"alpha/{kind}_", {"skip_connections": float(skips)})
 

@@ -14,7 +14,7 @@ import matplotlib
 import yaml
 
 from dartsl.files import REPORT_FILE
-from dartsl.genotype import Genotype
+from dartsl.genotype import Genotype, count_skips
 from dartsl.layout import cell_layouts
 from dartsl.report.runs import Run
 from dartsl.search_space import SearchSpace
@@ -298,9 +298,7 @@ def own_overrides(run: Run, given_to_all: set[str]) -> list[str]:
 
 def skips_of(genotype: Genotype | None) -> int | None:
     """The skip connections of the normal cell."""
-    if genotype is None:
-        return None
-    return sum(primitive == "skip_connect" for primitive, _ in genotype.normal)
+    return None if genotype is None else count_skips(genotype.normal)
 
 
 def hundredfold(values: Iterable[float | None]) -> float | None:
