@@ -17,7 +17,6 @@ from dartsl.files import REPORT_FILE
 from dartsl.genotype import Genotype, count_skips
 from dartsl.layout import cell_layouts
 from dartsl.report.runs import Run
-from dartsl.search_space import SearchSpace
 from dartsl.sweep import setting_of
 from dartsl.visualize import color_of, in_order
 
@@ -106,8 +105,7 @@ class Pictures:
 
 def genotypes_of(run: Run) -> list[Genotype]:
     """Of all epochs, and the one that the run ended with or began from."""
-    found = [Genotype.parse(line["genotype"]) for line in run.history if "genotype" in line]
-    return found if run.genotype is None else [*found, run.genotype]
+    return run.genotypes if run.genotype is None else [*run.genotypes, run.genotype]
 
 
 def title_of(run: Run) -> str:
@@ -189,21 +187,17 @@ def any_known(values: Iterable[Any]) -> bool:
 
 def search_of(run: Run, pictures: Pictures) -> Content | None:
     """Genotype and edge weights [E, P] of every epoch of a search."""
-    lines = [line for line in run.history if "strengths" in line]
-    if not lines:
+    if not run.genotypes:
         return None
-    primitives = lines[-1]["primitives"]
-    genotypes = [Genotype.parse(line["genotype"]) for line in lines]
-    space = SearchSpace(tuple(primitives), len(genotypes[-1].normal) // 2)
-    strengths = [line["strengths"] for line in lines]
+    strengths = [line["strengths"] for line in run.history]
     weights = [w for epoch in strengths for kind in epoch.values() for row in kind for w in row]
     palette = matplotlib.colormaps["cividis"]
     return {
-        "primitives": primitives,
-        "edges": [list(edge) for edge in space.edges],
+        "primitives": list(run.space.primitives),
+        "edges": [list(edge) for edge in run.space.edges],
         "palette": [[round(255 * part) for part in palette(i / 15)[:3]] for i in range(16)],
         "range": [min(weights), max(weights)],
-        "genotypes": [pictures.index(genotype) for genotype in genotypes],
+        "genotypes": [pictures.index(genotype) for genotype in run.genotypes],
         "strengths": rounded(strengths),
     }
 

@@ -10,6 +10,7 @@ import yaml
 from dartsl.files import CONFIG_FILE, ENVIRONMENT_FILE, RESULT_FILE
 from dartsl.genotype import GENOTYPE_FILE, Genotype
 from dartsl.history import HISTORY_FILE, TEST_FILE, read_history
+from dartsl.search_space import SearchSpace
 from dartsl.sweep import natural
 
 
@@ -48,6 +49,17 @@ class Run:
         """What was found or trained."""
         path = self.folder / GENOTYPE_FILE
         return Genotype.load(path) if path.is_file() else None
+
+    @cached_property
+    def genotypes(self) -> list[Genotype]:
+        """Those of the epochs of a search."""
+        return [Genotype.parse(line["genotype"]) for line in self.history if "genotype" in line]
+
+    @property
+    def space(self) -> SearchSpace:
+        """That of a search whose first epoch has ended."""
+        num_nodes = len(self.genotypes[-1].normal) // 2
+        return SearchSpace(tuple(self.history[-1]["primitives"]), num_nodes)
 
     @cached_property
     def overrides(self) -> list[str]:

@@ -20,11 +20,9 @@ import torch
 from dartsl.distributed import is_first_process
 from dartsl.errors import UserError
 from dartsl.files import REPORT_FILE, whole_file
-from dartsl.genotype import Genotype
 from dartsl.history import HISTORY_FILE
 from dartsl.report.content import run_content, sweep_content
 from dartsl.report.runs import Run, runs_below
-from dartsl.search_space import SearchSpace
 from dartsl.visualize import draw_epochs, save_animation
 
 log = logging.getLogger(__name__)
@@ -77,16 +75,14 @@ def write_report(folder: str | Path) -> list[Path]:
 
 def animate(run: Run) -> Path | None:
     """A search's animation, which needs the genotypes of its epochs."""
-    lines = [line for line in run.history if "strengths" in line]
-    if not lines:
+    if not run.genotypes:
         return None
-    genotypes = [Genotype.parse(line["genotype"]) for line in lines]
-    space = SearchSpace(tuple(lines[-1]["primitives"]), len(genotypes[-1].normal) // 2)
     strengths = [
         {kind: torch.tensor(weights) for kind, weights in line["strengths"].items()}
-        for line in lines
+        for line in run.history
     ]
-    return save_animation(draw_epochs(genotypes, strengths, space), run.folder / ANIMATION_FILE)
+    pictures = draw_epochs(run.genotypes, strengths, run.space)
+    return save_animation(pictures, run.folder / ANIMATION_FILE)
 
 
 def render(content: dict[str, Any]) -> str:
