@@ -30,7 +30,6 @@ def run_content(run: Run) -> Content:
     """The report of one run."""
     pictures = Pictures(genotypes_of(run))
     return {
-        "kind": run.task,
         "title": title_of(run),
         "facts": facts_of(run),
         "charts": charts_of(run),
@@ -54,7 +53,6 @@ def sweep_content(folder: Path, runs: Sequence[Run]) -> Content:
     ]
     environment = next((run.environment for run in runs if run.environment), {})
     return {
-        "kind": "sweep",
         "title": f"{len(runs)} runs · {path_of(folder)}",
         "facts": [["Finished runs", complete_of(runs)]],
         "tables": tables,
@@ -121,8 +119,9 @@ def path_of(folder: Path) -> str:
 def facts_of(run: Run) -> list[list[str]]:
     """What one wants to know first, as (name, value)."""
     facts = []
-    if run.test.get("accuracy") is not None:
-        facts.append(["Test accuracy", percent(run.test["accuracy"])])
+    test = run.test.get("accuracy")
+    if test is not None:
+        facts.append(["Test accuracy", percent(test)])
     accuracy = run.column(f"{run.task}/val_accuracy")
     half = run.halves[1]
     known = [(value, epoch) for epoch, value in enumerate(accuracy, 1) if value is not None]
@@ -152,14 +151,14 @@ def target_of(config: Content, *keys: str) -> str | None:
 def charts_of(run: Run) -> list[Content]:
     """Curves over the epochs: those of the run's task that hold any value."""
     first, second = run.halves
-    of_run = f"{run.task}/{{}}".format
+    task = run.task
     metrics = {
-        ("Accuracy", "%"): {first: of_run("train_accuracy"), second: of_run("val_accuracy")},
-        ("Loss", ""): {first: of_run("train_loss"), second: of_run("val_loss")},
+        ("Accuracy", "%"): {first: f"{task}/train_accuracy", second: f"{task}/val_accuracy"},
+        ("Loss", ""): {first: f"{task}/train_loss", second: f"{task}/val_loss"},
         ("Entropy of the edge weights", "nats"): alpha("entropy"),
         ("Skip connections in the genotype", ""): alpha("skip_connections"),
-        ("Learning rate of the weights", ""): {"learning rate": of_run("learning_rate")},
-        ("Drop path", ""): {"probability": of_run("drop_path_prob")},
+        ("Learning rate of the weights", ""): {"learning rate": f"{task}/learning_rate"},
+        ("Drop path", ""): {"probability": f"{task}/drop_path_prob"},
     }
     charts = {
         title: {name: run.column(metric) for name, metric in curves.items()}
@@ -326,9 +325,9 @@ def report_of(folder: Path, run: Run) -> str | None:
     return path.relative_to(folder).as_posix() if path.is_file() else None
 
 
-def percent(share: float | None) -> str:
+def percent(share: float) -> str:
     """A share as per cent."""
-    return "" if share is None else f"{100 * share:.2f} %"
+    return f"{100 * share:.2f} %"
 
 
 def duration(seconds: float) -> str:
