@@ -22,7 +22,8 @@ class CIFAR10(ImageDataModule):
         **options: of `ImageDataModule`.
 
     Raises:
-        UserError: in `setup`, where the archive can neither be found nor downloaded.
+        UserError: in `prepare_data` and `setup`, where the archive can neither be found nor
+            downloaded.
     """
 
     has_official_split = True

@@ -265,11 +265,8 @@ class ImageDataModule(LightningDataModule):
 
     def _shard(self) -> Shard:
         """Which of the trainer's processes this one is."""
-        return (
-            ALONE
-            if self.trainer is None
-            else Shard(self.trainer.global_rank, self.trainer.world_size)
-        )
+        trainer = self.trainer
+        return ALONE if trainer is None else Shard(trainer.global_rank, trainer.world_size)
 
     def _source(self, part: str) -> Source:
         """The source of "train" or "test": made once, on the device of the trainer attached."""
@@ -362,7 +359,7 @@ class ImageDataModule(LightningDataModule):
             raise UserError(f"max_images={self.max_images} must be at least 2, or null for all.")
 
     def _check_images(self, train: ImageSet, test: ImageSet) -> None:
-        if min(len(train), len(test)) == 0 or len(train) < 2:
+        if len(train) < 2 or len(test) == 0:
             raise UserError(
                 f"Found {len(train)} training and {len(test)} test images, too few to train on; "
                 "add images."
@@ -374,10 +371,10 @@ class ImageDataModule(LightningDataModule):
                 f"labelled {found[0]} to {found[-1]}; set num_classes to the classes of the data, "
                 "at least 2, which are labelled from 0 on."
             )
-        unknown = test.labels[(test.labels < 0) | (test.labels >= self.num_classes)]
-        if len(unknown):
+        strange = test.labels[(test.labels < 0) | (test.labels >= self.num_classes)]
+        if len(strange):
             raise UserError(
-                f"The test set has the label {unknown[0]}, but the training set's are 0 to "
+                f"The test set has the label {strange[0]}, but the training set's are 0 to "
                 f"{self.num_classes - 1}."
             )
         expected = (self.in_channels, self.image_size, self.image_size)

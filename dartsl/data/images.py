@@ -55,10 +55,6 @@ class ImageSet(Protocol):
 
     def __getitem__(self, index: int) -> Tensor: ...
 
-    def subset(self, indices: np.ndarray) -> "ImageSet":
-        """The images at these indices, in this order."""
-        ...
-
     def stack(self) -> Tensor:
         """All images as one uint8 tensor [N, C, H, W]."""
         ...
@@ -212,7 +208,6 @@ def _of_8_bits(file: Image.Image, path: Path) -> Image.Image:
         )
     if not file.mode.startswith("I"):
         return file
-    file.load()
     (bits,) = getattr(file, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))  # of a TIFF perhaps 12
     return Image.fromarray((np.asarray(file) * (255 / (2**bits - 1))).round().astype(np.uint8))
 
