@@ -257,21 +257,14 @@ def _read_call(text: str) -> dict[str, Any]:
 
 
 def _literal(node: ast.expr) -> Any:
-    """A literal, or a `range` of at most two literal bounds below 100."""
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "range":
-        bounds = [ast.literal_eval(bound) for bound in node.args]
-        if node.keywords or any(not is_whole_number(bound) or abs(bound) > 100 for bound in bounds):
-            raise ValueError("not the range of a cell")
-        return list(range(*bounds))
-    if (
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Name)
-        and node.func.id in ("list", "tuple")
-    ):
-        if len(node.args) != 1 or node.keywords:
-            raise ValueError("not a list of nodes")
-        return list(_literal(node.args[0]))
-    return ast.literal_eval(node)
+    """A literal, a `range` of whole numbers up to 100, or the `list` or `tuple` of either."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
+        given = [_literal(argument) for argument in node.args]
+        if node.func.id == "range" and all(is_whole_number(n) and abs(n) <= 100 for n in given):
+            return list(range(*given))
+        if node.func.id in ("list", "tuple") and len(given) == 1:
+            return list(given[0])
+    return ast.literal_eval(node)  # which refuses all other calls
 
 
 def _up_to_closing(text: str) -> str:
