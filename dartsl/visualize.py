@@ -274,7 +274,7 @@ def _checked_values(kind: str, values: Tensor, space: SearchSpace) -> np.ndarray
 def _color_scale(values: Sequence[np.ndarray]) -> Normalize:
     """From 0 to the largest weight: lengths of colour are weights, in both cells alike."""
     finite = np.concatenate([part[np.isfinite(part)] for part in values])
-    low, high = min(0.0, *finite, 0.0), max(0.0, *finite, 0.0)
+    low, high = min([0.0, *finite]), max([0.0, *finite])
     return Normalize(low, high if high > low else low + 1)
 
 
@@ -378,7 +378,7 @@ def save_animation(figures: Iterable[Figure], path: str | Path, seconds: float =
         path: of the file; its folder is created.
         seconds: that a frame is shown; the last one stands still for three.
     """
-    frames = [_frame(figure) for figure in figures]
+    frames = [Image.fromarray(rasterize(figure, _FRAME_DPI)) for figure in figures]
     # One palette for all, or colours would flicker. This way of choosing it keeps white white.
     palette = frames[-1].quantize(256, Image.Quantize.MAXCOVERAGE)
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
@@ -388,14 +388,6 @@ def save_animation(figures: Iterable[Figure], path: str | Path, seconds: float =
             part, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0
         )
     return Path(path)
-
-
-def _frame(figure: Figure) -> Image.Image:
-    with _style():
-        figure.set_dpi(_FRAME_DPI)
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def save_figure(figure: Figure, path: str | Path) -> list[Path]:
