@@ -63,8 +63,8 @@ def load_result(folder: str | Path) -> Result | None:
         return None
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} holds no run's result: delete it to end the run again.") from error
+    except (yaml.YAMLError, UnicodeDecodeError):
+        found = None
     if not isinstance(found, dict) or not all(
         isinstance(value, int | float) for value in found.values()
     ):
