@@ -63,7 +63,7 @@ def kind_of(operation: nn.Module) -> int | None:
     # These types and no others made of them, which may compute something else.
     if type(operation) is nn.Identity:
         return IDENTITY
-    if isinstance(operation, nn.MaxPool2d) and type(operation) is nn.MaxPool2d:
+    if type(operation) is nn.MaxPool2d:
         plain = (operation.dilation, operation.return_indices) == (1, False)
         return MAXIMUM if plain and _is_3x3(operation) else None
     if isinstance(operation, nn.AvgPool2d) and type(operation) in (nn.AvgPool2d, AvgPool2d):

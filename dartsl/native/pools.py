@@ -35,7 +35,7 @@ def forward(
     eps: float,
     running: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`dartsl.pools.weighted_pools`, and what its gradient needs.
+    """`dartsl.pools.WeightedPools`, and what its gradient needs.
 
     Args:
         x: [B, C, H, W].

@@ -60,7 +60,7 @@ def forward(
         The output and what was normalized, [B, G O, H', W'] in channels_last; mean,
         1 / sqrt(var + eps) and variance without bias of the latter, [3, G O].
     """
-    output, y, statistics = found = _results(x, depthwise, pointwise, stride)
+    output, y, statistics = found = _results(x, pointwise, stride)
     sizes = _sizes(x, depthwise, pointwise, stride, dilation)
     given = [_dense(tensor) for tensor in (x, depthwise, pointwise, scale, bias, addend)]
     build.call("separable", x.dtype, sizes, eps, *given, y, output, statistics)
@@ -109,7 +109,7 @@ def _fake_forward(
     x: Tensor, depthwise: Tensor, pointwise: Tensor, *rest: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     *_, stride, _, _ = rest
-    return _results(x, depthwise, pointwise, cast(int, stride))
+    return _results(x, pointwise, cast(int, stride))
 
 
 @torch.library.register_fake(BACKWARD)
@@ -139,9 +139,7 @@ def flops(output: Shape, depthwise: Shape, pointwise: Shape) -> int:
     return 2 * images * height * width * (math.prod(depthwise) + math.prod(pointwise))
 
 
-def _results(
-    x: Tensor, depthwise: Tensor, pointwise: Tensor, stride: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _results(x: Tensor, pointwise: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
     images, _, height, width = x.shape
     channels = len(pointwise)
     shape = images, channels, -(-height // stride), -(-width // stride)
