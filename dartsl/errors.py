@@ -11,6 +11,11 @@ class UserError(ValueError):
     """
 
 
+def first_line(error: Exception) -> str:
+    """What an error says first, or its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def unknown(kind: str, value: object, choices: Iterable[str]) -> UserError:
     """The error for a misspelt name: names the value, the nearest choice and all choices.
 

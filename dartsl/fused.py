@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dartsl.errors import first_line
 from dartsl.native import build
 
 log = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ def works(
             return True
         reason = "they are off by " + ", ".join(f"{error:.1e}" for error in errors)
     except Exception as error:  # whatever a compiler or a driver raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
     log.warning("The kernels for %s do not work on this GPU, PyTorch computes it: %s", name, reason)
     return False
 

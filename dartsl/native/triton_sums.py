@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dartsl.errors import UserError
+from dartsl.errors import UserError, first_line
 
 MULTIPROCESSORS = 132  # of a Hopper GPU
 PARTS = 4096  # numbers that a program adds at once: what registers hold
@@ -264,10 +264,9 @@ def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
             with torch.cuda.device_of(first):
                 return function(first, *rest)
         except triton.errors.TritonError as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
-                f"Triton makes no kernels of these sizes ({reason}): set the environment variable "
-                "DARTSL_NATIVE=0, and PyTorch computes what they would."
+                f"Triton makes no kernels of these sizes ({first_line(error)}): set the "
+                "environment variable DARTSL_NATIVE=0, and PyTorch computes what they would."
             ) from error
 
     return guarded

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dartsl.errors import first_line
+
 log = logging.getLogger(__name__)
 
 WARM_UPS = 3  # passes after which no library has anything left to set up, as in PyTorch's own
@@ -104,7 +106,7 @@ class Replay:
         try:
             self.passes[key] = Pass(self, x)
         except RuntimeError as error:
-            return (str(error).strip() or type(error).__name__).splitlines()[0]
+            return first_line(error)
         return None
 
     def _give_up(self, x: Tensor, reason: str) -> Outputs:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dartsl.errors import unknown
+from dartsl.errors import first_line, unknown
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def compile_regions(
     try:
         torch.compile(lambda x: x + 1, dynamic=False, backend=backend)(torch.ones(1, device=device))
     except Exception as error:  # whatever the compiler's parts raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         log.warning("torch.compile does not work here, the network runs uncompiled: %s", reason)
         return False
     torch._dynamo.config.recompile_limit = MAX_GRAPHS
