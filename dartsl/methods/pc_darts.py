@@ -105,8 +105,8 @@ class AlphaWarmup:
     def enter(self, module: SearchModule, epoch: int) -> None:
         """Switch the alpha steps on after the warm-up; warns where the search ends within it."""
         module.updates_alpha = epoch >= self.num_epochs
-        last = getattr(getattr(module, "trainer", None), "max_epochs", None) or -1
-        if not self.has_warned and 0 < last <= self.num_epochs:
+        last = module.num_epochs()
+        if not self.has_warned and last is not None and last <= self.num_epochs:
             self.has_warned = True
             log.warning(
                 "Alpha is left alone for %d epochs (method.stages.num_epochs), and this search has "

@@ -259,11 +259,14 @@ class Recorder(pl.Callback):
         self.weights.append(values(pl_module.supernet.weight_parameters()))
 
 
-def search(supernet: Supernet, batches: list, hypergradient, stages, epochs: int) -> Recorder:
+def search(
+    supernet: Supernet, batches: list, hypergradient, stages, epochs: int = -1, max_steps: int = -1
+) -> Recorder:
     recorder = Recorder()
     module = SearchModule(supernet, hypergradient, SGD, ADAM, stages=stages)
     trainer = pl.Trainer(
         max_epochs=epochs,
+        max_steps=max_steps,
         accelerator="cpu",
         precision="64-true",
         logger=False,
@@ -309,7 +312,7 @@ def test_alpha_is_left_alone_in_the_warm_up_and_the_weights_are_not(num_epochs) 
 
 
 def test_the_warm_up_of_the_paper_has_15_epochs() -> None:
-    module = SimpleNamespace()
+    module = SimpleNamespace(num_epochs=lambda: 50)
     states = []
     for epoch in range(50):
         AlphaWarmup().enter(module, epoch)
@@ -317,11 +320,13 @@ def test_the_warm_up_of_the_paper_has_15_epochs() -> None:
     assert states == [False] * 15 + [True] * 35
 
 
-@pytest.mark.parametrize(("epochs", "warnings"), [(2, 1), (3, 0)])
-def test_a_search_that_ends_in_its_warm_up_says_so(epochs, warnings, caplog) -> None:
+@pytest.mark.parametrize(
+    ("length", "warnings"), [({"epochs": 2}, 1), ({"epochs": 3}, 0), ({"max_steps": 2}, 1)]
+)
+def test_a_search_that_ends_in_its_warm_up_says_so(length, warnings, caplog) -> None:
     _, supernet = pair_of()
     batches = [{"train": images(), "val": images(seed=1)}]
-    search(supernet, batches, FirstOrder(), AlphaWarmup(2), epochs=epochs)
+    search(supernet, batches, FirstOrder(), AlphaWarmup(2), **length)
     said = [line for line in caplog.messages if "method.stages.num_epochs" in line]
     assert len(said) == warnings
 
