@@ -70,11 +70,11 @@ def _search() -> Section:
 
 def _collapse() -> Section:
     """Whether alpha decides itself, and whether skip connections take over."""
-    cells = [(kind, {"normal": "normal", "reduce": "reduction"}[kind]) for kind in CELL_KINDS]
+    names = {"normal": "normal", "reduce": "reduction"}
     of_edges = [
         _edges(f"{what} of the {name} cell's edges", f"{kind}_edge_{what.lower()}")
         for what in ("Strength", "Entropy")
-        for kind, name in cells
+        for kind, name in names.items()
     ]
     return {
         "name": "Collapse",

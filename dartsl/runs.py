@@ -165,10 +165,11 @@ def speed_up(
             "trainer.sync_batchnorm=true": cfg.trainer.sync_batchnorm,
             "a hypergradient that differentiates twice": differentiated_twice,
         }
-        for reason in [reason for reason, applies in reasons.items() if applies]:
+        reason = next((reason for reason, applies in reasons.items() if applies), None)
+        if reason is None:
+            replay_passes(network, device)
+        else:
             log.info("No CUDA graphs with %s.", reason)
-            return
-        replay_passes(network, device)
 
 
 @contextmanager
