@@ -99,8 +99,8 @@ def select(cfg: DictConfig, train: Callable[[DictConfig], float | None]) -> floa
 
 
 def check_numbers(cfg: DictConfig) -> None:
-    """Raise a UserError where the trainings would have no validation set of their own."""
-    if not isinstance(cfg.random_cells, int) or cfg.random_cells < 0:
+    """Raise a UserError for a negative random_cells, and where nothing may be selected by."""
+    if cfg.random_cells < 0:
         raise UserError(f"random_cells={cfg.random_cells} must be a whole number of at least 0.")
     fault = find_validation_fault(cfg)
     if fault is not None:

@@ -214,9 +214,7 @@ class ResumableModule(pl.LightningModule):
 
     def on_test_start(self) -> None:
         """Test with the running statistics of rank 0."""
-        self.val_metrics.reset()
-        mend_statistics(self)
-        broadcast(self.buffers())
+        self.on_validation_start()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the steps' seed and counts, what was logged, and the metrics of all processes."""

@@ -61,6 +61,10 @@ class SearchModule(ResumableModule):
 
     Attributes:
         updates_alpha: whether alpha steps are taken; `stages` may switch them off for a warm-up.
+
+    Raises:
+        UserError: for a gradient_clip that is not above 0, and in `configure_optimizers` for a
+            weight optimizer whose step `Unrolled` does not know.
     """
 
     def __init__(
