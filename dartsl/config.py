@@ -78,15 +78,10 @@ OmegaConf.register_new_resolver("run_tags", run_tags, replace=True)
 def check_missing(cfg: DictConfig) -> None:
     """Raise a UserError for the values that the command has to give and did not."""
     # Unlike OmegaConf.missing_keys this resolves nothing: what depends on such a value fails.
-    missing = _missing_keys(OmegaConf.to_container(cfg, resolve=False))
+    leaves = _leaves(OmegaConf.to_container(cfg, resolve=False))
+    missing = [key for key, value in leaves.items() if value == "???"]
     if missing:
         raise UserError(f"The command lacks {' '.join(f'{key}=...' for key in missing)}")
-
-
-def _missing_keys(node: Any, path: tuple[str, ...] = ()) -> list[str]:
-    if isinstance(node, dict):
-        return [key for k, v in node.items() for key in _missing_keys(v, (*path, str(k)))]
-    return [".".join(path)] if node == "???" else []
 
 
 # What the tasks themselves take.
