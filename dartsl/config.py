@@ -97,6 +97,7 @@ def check_types(cfg: DictConfig) -> None:
     """Raise a UserError for a value of another name or type than what it is given to takes."""
     plain = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     _check_types("", plain, _TASK_TYPES)
+    _check_types("hardware.", plain.get("hardware") or {}, {"cuda_graphs": bool})
     _check_built(plain)
     _check_trainer(plain.get("trainer") or {})
     for path, node in _targets(plain):

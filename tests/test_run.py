@@ -590,6 +590,8 @@ experiment=search_digits trainer.precision=bf17
     trainer.precision=bf17 must be one of
 experiment=search_digits data.horizontal_flip=3
     data.horizontal_flip=3 must be true or false
+experiment=search_digits hardware.cuda_graphs=off
+    hardware.cuda_graphs=off must be true or false
 experiment=search_digits data.batch_size=0
     batch_size=0 must be at least 1
 experiment=search_digits data.train_fraction=1
