@@ -182,7 +182,7 @@ class Wandb(WandbLogger):
     def __init__(self, artifact: str | None, **options: Any) -> None:
         super().__init__(**options)
         self._artifact = artifact
-        del self._wandb_init["anonymous"]  # wandb warns of Lightning's default for it
+        self._wandb_init.pop("anonymous", None)  # wandb warns of Lightning's default for it
 
     @property
     @rank_zero_experiment
