@@ -458,7 +458,6 @@ def launch(kind: str) -> None:
         enable_model_summary=False, **options,
     )  # fmt: skip
     module = make_module("first_order").double()
-    failures = {"mistake": UserError("an unreadable image"), "bug": ZeroDivisionError()}
 
     if kind == "early" and "LOCAL_RANK" in os.environ:
         os._exit(3)
@@ -467,8 +466,8 @@ def launch(kind: str) -> None:
     )
 
     def fail(*_: Any) -> None:
-        if module.global_rank == 1 and kind in failures:
-            raise failures[kind]
+        if module.global_rank == 1 and kind == "mistake":
+            raise UserError("an unreadable image")
 
     module.on_train_start = fail
     try:
@@ -485,15 +484,14 @@ def launch(kind: str) -> None:
 
 @pytest.mark.slow
 def test_the_processes_of_a_run_end_with_it(tmp_path: Path) -> None:
-    """In turn: three in which rank 1 fails, one before the ranks have met; one that goes well."""
-    kinds = {"early": 3, "mistake": 1, "bug": 1, "fine": 0}
+    """In turn: rank 1 fails before the ranks have met, rank 1 fails later, and all goes well."""
+    kinds = {"early": 3, "mistake": 1, "fine": 0}
     said = in_own_process(", ".join(f"launch({kind!r})" for kind in kinds), tmp_path)
     assert not (tmp_path / "fine-error.txt").exists()
-    for kind in ("early", "mistake", "bug"):
+    for kind in ("early", "mistake"):
         error = (tmp_path / f"{kind}-error.txt").read_text()
         assert error.startswith(f"The process of rank 1 stopped with status {kinds[kind]}")
     assert "Error: an unreadable image" in said
-    assert "ZeroDivisionError" in said
     for kind in kinds:
         assert (tmp_path / f"{kind}.txt").read_text() == "['OMP_NUM_THREADS'] False"
     # Its workers start as those of rank 0 do.
@@ -504,6 +502,7 @@ def test_the_processes_of_a_run_end_with_it(tmp_path: Path) -> None:
 # The command line
 
 TINY = ("hardware=ddp_cpu", "data.max_images=40", "trainer.max_epochs=1", "print_config=false")
+TINY_SEARCH = ("experiment=search_digits", *TINY, "search_space.num_intermediate_nodes=2")
 
 
 def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -516,13 +515,13 @@ def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_a_sweep_with_two_processes_a_job(tmp_path: Path) -> None:
     """Each job runs once, in its own folder."""
-    search = ("experiment=search_digits", *TINY, "data.batch_size=8", "supernet.channels=4")
-    done = command(tmp_path, "-m", *search, "seed=0,1", "hydra.sweep.dir=here")
+    search = (*TINY_SEARCH, "data.batch_size=8", "supernet.channels=4", "seed=0,1")
+    done = command(tmp_path, "-m", *search, "hydra.sweep.dir=here")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("epoch   1/1") == 2
     for job in ("0", "1"):
         assert done.stdout.count(f"Genotype: here/{job}/genotype.yaml") == 1
-        assert len(Genotype.load(tmp_path / "here" / job / "genotype.yaml").normal) == 8
+        assert len(Genotype.load(tmp_path / "here" / job / "genotype.yaml").normal) == 4
     assert sorted(path.name for path in tmp_path.rglob("last.ckpt*")) == ["last.ckpt"] * 2
 
 
@@ -530,8 +529,8 @@ def test_a_sweep_with_two_processes_a_job(tmp_path: Path) -> None:
 @pytest.mark.parametrize("reached", ["first", "both"])
 def test_a_signal_ends_all_processes_after_a_whole_step(reached: str, tmp_path: Path) -> None:
     """Whether it reaches the first of them, or as Ctrl-C does all."""
-    search = ("experiment=search_digits", *TINY, "data.batch_size=4", "supernet.channels=2",
-              "trainer.max_epochs=100", "hydra.run.dir=here", "resume=auto")  # fmt: skip
+    search = (*TINY_SEARCH, "data.batch_size=4", "supernet.channels=2", "trainer.max_epochs=100",
+              "hydra.run.dir=here", "resume=auto")  # fmt: skip
     log = tmp_path / "log.txt"
     with log.open("w") as file:
         running = subprocess.Popen(

@@ -108,7 +108,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-SMALL_SEARCH = ("supernet.channels=4", "supernet.num_cells=3", "data.batch_size=8")
+SMALL_SEARCH = ("supernet.channels=4", "supernet.num_cells=3", "data.batch_size=8",
+                "search_space.num_intermediate_nodes=2")  # fmt: skip
 SMALL_TRAIN = ("network.channels=4", "network.num_cells=3", "data.batch_size=8")
 ON_DIGITS = ("data=digits", "data.max_images=24", "trainer.max_epochs=1")
 
@@ -882,7 +883,7 @@ def test_a_search_that_ends_within_an_epoch(command: Command) -> None:
     assert "Traceback" not in done.error + done.out
     assert "genotype_best" not in done.out
     assert "Genotype: here/genotype.yaml" in done.out
-    assert len(Genotype.load("here/genotype.yaml").normal) == 8
+    assert len(Genotype.load("here/genotype.yaml").normal) == 4
 
 
 @pytest.mark.slow

@@ -34,7 +34,8 @@ from tests.test_distributed import command
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
 SEARCH = ("experiment=search_digits", "data.max_images=20", "trainer.max_epochs=1",
-          "data.batch_size=8", "supernet.channels=4", "print_config=false")  # fmt: skip
+          "data.batch_size=8", "supernet.channels=4", "search_space.num_intermediate_nodes=2",
+          "print_config=false")  # fmt: skip
 
 
 def make_job(folder: Path, *overrides: str, **result: float) -> None:
@@ -200,7 +201,7 @@ def test_a_sweep_by_each_launcher(launcher: tuple[str, ...], tmp_path: Path) -> 
     )
     assert [failed["job"] for failed in summary["failed"]] == ["2"]
     for job in ("0", "1"):
-        assert len(Genotype.load(tmp_path / "here" / job / "genotype.yaml").normal) == 8
+        assert len(Genotype.load(tmp_path / "here" / job / "genotype.yaml").normal) == 4
     assert f"Next: python {ROOT / 'run.py'} experiment=select_digits" in done.stdout
     assert own_lines(done.stdout).endswith("run_dir=here")
 
