@@ -10,6 +10,7 @@ Shapes: B images of a batch, C channels, H rows, W columns, k random numbers per
 """
 
 import functools
+import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -208,6 +209,9 @@ class WorkerSource:
         try:
             yield from (tuple(batch) for batch in loader)  # torch collates to a list
         except UserError as error:
+            # The frames that it has passed hold the workers, which would outlive it, and which the
+            # workers of a sweep's next job would try to end.
+            traceback.clear_frames(error.__traceback__)
             # From another process it comes wrapped in that process's traceback.
             raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
 

@@ -1,6 +1,7 @@
 """Folders of images as people have them."""
 
 import logging
+import multiprocessing
 import struct
 import tarfile
 from pathlib import Path
@@ -326,6 +327,7 @@ def test_broken_image_is_named(
     with pytest.raises(UserError, match=r"^Cannot read the image .*broken\.png") as caught:
         list(data.train_dataloader())
     assert "\n" not in str(caught.value)
+    assert not multiprocessing.active_children()
 
 
 def test_an_image_of_absurdly_many_pixels_is_no_broken_one(tmp_path: Path) -> None:
