@@ -86,7 +86,7 @@ def fit(
         {"task": "train"},
         {"task": "search", "limit": 3},
         {"task": "search", "limit": 0.5},
-        {"task": "search", "in_memory_limit": 0},
+        {"task": "search", "in_memory_limit": 0, "max_images": 50, "batch_size": 10},
     ],
     ids=["search", "train", "limit_batches", "limit_fraction", "worker_path"],
 )
