@@ -288,11 +288,14 @@ def spaces_and_strengths(draw):
     if names == ["none"]:
         names = ["none", "skip_connect"]
     nodes = draw(st.integers(1, 5))
-    # Few distinct values: ties are common.
-    size = sum(range(2, nodes + 2))
-    row = st.lists(st.integers(0, 4), min_size=len(names), max_size=len(names))
-    cell = st.lists(row, min_size=size, max_size=size)
-    return names, nodes, draw(cell), draw(cell)
+    numbers = sum(range(2, nodes + 2)) * len(names)
+
+    def cell() -> list[list[int]]:
+        # Of bytes, which are drawn at once. Few distinct values: ties are common.
+        values = [byte % 5 for byte in draw(st.binary(min_size=numbers, max_size=numbers))]
+        return [values[i : i + len(names)] for i in range(0, numbers, len(names))]
+
+    return names, nodes, cell(), cell()
 
 
 @settings(database=None, derandomize=True, deadline=None)
