@@ -371,7 +371,12 @@ def find_mistake(error: BaseException | None, groups: Collection[str]) -> UserEr
             return unknown(f"key of {node}", key, choices)
         return _no_part(key) if key in groups else unknown("key", key, choices.union(groups))
     if isinstance(error, OverrideParseException):
-        key, _, value = str(error.override).partition("=")
+        key, equals, value = str(error.override).partition("=")
+        if not equals:
+            return UserError(
+                f"Cannot read {error.override!r}: every word of a command is KEY=VALUE, such as "
+                "experiment=search_digits; `--help` shows what there is."
+            )
         return UserError(
             f"Cannot read {error.override!r}: {str(error).splitlines()[0]}. A text with signs like "
             f'these is quoted, for Hydra and for the shell: "{key}={quote(value)}"'

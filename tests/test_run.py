@@ -556,6 +556,8 @@ experiment=search_digits optimizer.schedule.num_epochs=-1
     optimizer.schedule.num_epochs=-1 must be at least 1
 experiment=search_digits supernet.channels=[
     Cannot read 'supernet.channels=['
+search_cifar10
+    Cannot read 'search_cifar10': every word of a command is KEY=VALUE
 experiment=search_digits data.root=~/x
     is quoted, for Hydra and for the shell: "data.root='~/x'"
 experiment=search_digits supernet.channels=0
