@@ -8,6 +8,7 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
 
 from dartsl import selection
 from dartsl.errors import UserError
@@ -199,10 +200,13 @@ def test_more_random_cells_than_there_are_end_before_a_network_is_built_for_each
     keep(tmp_path / "0", "darts_v1", {"task": "search"})
     random_genotype(SearchSpace(), 0).save(tmp_path / "0" / "genotype.yaml")  # many are as large
     built, build = [], selection._candidate
+
+    def noted(cfg: DictConfig, name: str, *args: Any, **options: Any) -> Candidate:
+        built.append(name)
+        return build(cfg, name, *args, **options)
+
     monkeypatch.setattr(selection, "_MAX_DRAWS", 9)
-    monkeypatch.setattr(
-        selection, "_candidate", lambda *a, **k: built.append(a[1]) or build(*a, **k)
-    )
+    monkeypatch.setattr(selection, "_candidate", noted)
     with pytest.raises(UserError, match=r"Of 9 random cells only [1-9] have .* random_cells=10\."):
         candidates(tmp_path, f"run_dir={tmp_path}", "random_cells=10")
     assert built == ["0"]
