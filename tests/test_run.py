@@ -556,6 +556,10 @@ experiment=search_digits optimizer.schedule.num_epochs=-1
     optimizer.schedule.num_epochs=-1 must be at least 1
 experiment=search_digits supernet.channels=[
     Cannot read 'supernet.channels=['
+experiment=search_digits genotype=darts_v2
+    task=search takes no genotype, it is there to find one
+experiment=search_digits logger=null
+    A group takes a name, or a list of names, and nothing else: data=digits. Of loggers there may be
 search_cifar10
     Cannot read 'search_cifar10': every word of a command is KEY=VALUE
 experiment=search_digits data.root=~/x
@@ -766,6 +770,23 @@ def test_what_the_next_command_needs_too() -> None:
     own = ["experiment=search_cifar10", "seed=3", "trainer.max_epochs=9", "data.batch_size=32",
            "++data.max_images=9", "logger.wandb.name=a_search"]  # fmt: skip
     assert kept_overrides([*kept, *own]) == kept
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (["data.crop_padding=2", "hardware=cpu", "seed=3"], ["hardware=cpu"]),  # of the digits
+        (["data=image_folder", "data.root=here"], ["data=image_folder", "data.root=here"]),
+    ],
+)
+def test_what_follows_a_quick_start_keeps_hardware_and_the_images_given(
+    given: list[str], kept: list[str]
+) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", given, return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    following = shlex.split(tasks.larger_search_command(cfg))
+    assert following[2:] == ["experiment=search_cifar10", *kept]
 
 
 # Interruption: resume=auto, what was finished, what cannot be written
