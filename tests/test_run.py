@@ -930,6 +930,18 @@ def test_without_a_next_experiment(command: Command) -> None:
     assert "Next:" not in done.out
 
 
+def test_an_evaluation_of_another_config_is_not_told_to_go_on(command: Command) -> None:
+    """By ckpt_path=last, which it does not take."""
+    folder = Path("here")
+    folder.mkdir()
+    (folder / "config.yaml").write_text("seed: 1")
+    (folder / "result.yaml").write_text("test_accuracy: 0.5")
+    done = command("experiment=evaluate", "data=digits", "genotype=darts_v2", "ckpt_path=x.pt",
+                   "hydra.run.dir=here", "resume=auto")  # fmt: skip
+    assert "here holds a run of another config: " in done.error
+    assert done.error.endswith("differ. Choose another folder.\n")
+
+
 @pytest.mark.slow
 def test_resume_auto_in_the_quick_start(command: Command) -> None:
     """Its two runs, each in its own folder."""
