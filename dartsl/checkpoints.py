@@ -205,7 +205,7 @@ class Signals:
     def note(self, number: int, frame: FrameType | None) -> None:
         """The handler."""
         if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise SystemExit(128 + number)  # of a KeyboardInterrupt Lightning makes status 1
         self.received = self.received or number
 
     def requeues(self, number: int) -> bool:

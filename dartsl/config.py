@@ -367,13 +367,23 @@ def find_mistake(error: BaseException | None, groups: Collection[str]) -> UserEr
             return unknown(f"key of {node}", key, choices)
         return _no_part(key) if key in groups else unknown("key", key, choices.union(groups))
     if isinstance(error, OverrideParseException):
-        key, _, value = str(error.override).partition("=")
+        key, equals, value = str(error.override).partition("=")
+        if not equals:
+            return UserError(
+                f"Cannot read {error.override!r}: every word of a command is KEY=VALUE, such as "
+                "experiment=search_digits; `--help` shows what there is."
+            )
         return UserError(
             f"Cannot read {error.override!r}: {str(error).splitlines()[0]}. A text with signs like "
             f'these is quoted, for Hydra and for the shell: "{key}={quote(value)}"'
         )
-    if isinstance(error, TypeError) and _raised_in(error) == "hydra._internal.defaults_list":
-        return UserError("A group takes a name, or a list of names, and nothing else: data=digits.")
+    if (
+        isinstance(error, TypeError) and _raised_in(error) == "hydra._internal.defaults_list"
+    ) or str(error).startswith("Config group override"):  # of Hydra, a plain ValueError
+        return UserError(
+            "A group takes a name, or a list of names, and nothing else: data=digits. Of loggers "
+            "there may be none: logger=[]."
+        )
     cause = error.__cause__ or error.__context__
     refused = re.match(r"Could not override '(\w+)'", str(error))
     if isinstance(error, ConfigCompositionException) and cause is None and refused:
@@ -381,10 +391,7 @@ def find_mistake(error: BaseException | None, groups: Collection[str]) -> UserEr
     if isinstance(error, ConfigCompositionException) and isinstance(cause, GrammarParseError):
         return UserError(f"{error}: {' '.join(str(cause).split())}.")
     mistake = find_mistake(cause, groups)
-    if mistake is None and (
-        isinstance(error, ConfigCompositionException | OmegaConfBaseException)
-        or str(error).startswith("Config group override")  # of Hydra, a plain ValueError
-    ):
+    if mistake is None and isinstance(error, ConfigCompositionException | OmegaConfBaseException):
         return UserError(" ".join(str(error).split()))
     return mistake
 

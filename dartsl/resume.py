@@ -56,10 +56,13 @@ def check_same_run(cfg: DictConfig) -> None:
         return
     keys = differing_keys(cast(DictConfig, OmegaConf.load(kept)), resolved(cfg))
     if keys:
+        go_on = "; or go on with it nevertheless by ckpt_path=last in place of resume=auto"
+        if cfg.task == "evaluate":  # whose checkpoint is another run's
+            go_on = ""
         raise UserError(
             f"{folder} holds a run of another config: {', '.join(keys[:5])} "
-            f"{'differs' if len(keys) == 1 else 'differ'}. Choose another folder; or go on with "
-            "it nevertheless by ckpt_path=last in place of resume=auto."
+            f"{'differs' if len(keys) == 1 else 'differ'}. Choose another folder"
+            f"{go_on}."
         )
 
 

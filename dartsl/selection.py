@@ -8,6 +8,7 @@ import csv
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -218,17 +219,19 @@ def random_candidates(
     smallest, largest = min(sizes) * (1 - _LIKE_SIZE), max(sizes) * (1 + _LIKE_SIZE)
     taken = {candidate.name for candidate in found}
     count = quick_count(lambda genotype: _num_parameters(cfg, genotype), space)
-    candidates: list[Candidate] = []
-    for seed in range(_MAX_DRAWS):
-        if len(candidates) >= cfg.random_cells:
-            return candidates
-        name, genotype = f"random_{seed}", random_genotype(space, seed)
-        if smallest <= count(genotype) <= largest and name not in taken:
-            candidates.append(_candidate(cfg, name, genotype, is_random=True))
-    raise UserError(
-        f"Of {_MAX_DRAWS:,} random cells only {len(candidates)} have between {smallest:,.0f} and "
-        f"{largest:,.0f} parameters: lower random_cells={cfg.random_cells}."
+    drawn = ((f"random_{seed}", random_genotype(space, seed)) for seed in range(_MAX_DRAWS))
+    like = (
+        (name, genotype)
+        for name, genotype in drawn
+        if smallest <= count(genotype) <= largest and name not in taken
     )
+    chosen = list(islice(like, cfg.random_cells))
+    if len(chosen) < cfg.random_cells:  # known before a network is built for each
+        raise UserError(
+            f"Of {_MAX_DRAWS:,} random cells only {len(chosen)} have between {smallest:,.0f} and "
+            f"{largest:,.0f} parameters: lower random_cells={cfg.random_cells}."
+        )
+    return [_candidate(cfg, name, genotype, is_random=True) for name, genotype in chosen]
 
 
 # ---- trainings -----------------------------------------------------------------------------------

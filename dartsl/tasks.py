@@ -52,6 +52,7 @@ FOUND_FILES = {"Genotype": GENOTYPE_FILE, "Best": BEST_GENOTYPE_FILE, "Cells": "
 @resumable
 def search(cfg: DictConfig) -> float | None:
     """Search for a genotype; returns the accuracy on the alpha half after the last epoch."""
+    check_finds_genotype(cfg)
     prepare(cfg)
     supernet = build(cfg.supernet)()
     module = build(cfg.module)(supernet=supernet)
@@ -122,6 +123,7 @@ def evaluate(cfg: DictConfig) -> None:
 
 def select(cfg: DictConfig) -> float | None:
     """Of the genotypes that searches found, the best after a short training of each."""
+    check_finds_genotype(cfg)
     check_missing(cfg)
     check_types(cfg)
     return selection.select(cfg, run)
@@ -165,7 +167,7 @@ def quick_start(cfg: DictConfig) -> None:
     keep_result(cfg, **(load_result(trained.output_dir) or {}))
     leave_report(folder)
     if cfg.get("next_experiment") is not None:
-        print_command(command(f"experiment={cfg.next_experiment}"))
+        print_command(larger_search_command(cfg))
 
 
 # ---- parts ---------------------------------------------------------------------------------------
@@ -176,6 +178,15 @@ def run_as_other(plain: dict[str, Any]) -> None:
     for name in ("pytorch_lightning", "lightning_fabric"):  # as conf/config.yaml has it
         logging.getLogger(name).setLevel(logging.WARNING)
     run(OmegaConf.create(plain))
+
+
+def check_finds_genotype(cfg: DictConfig) -> None:
+    """Raise a UserError for a genotype given to a task that would pay no heed to it."""
+    if cfg.get("genotype") is not None:
+        raise UserError(
+            f"task={cfg.task} takes no genotype, it is there to find one: leave out genotype=..., "
+            "or train it by experiment=train_final."
+        )
 
 
 def find_genotype(cfg: DictConfig) -> Genotype:
@@ -299,6 +310,15 @@ def scores(trainer: pl.Trainer, group: str) -> dict[str, str]:
         if loss is not None and accuracy is not None:
             found[name] = f"loss {loss:.3f}, accuracy {100 * accuracy:.2f} %"
     return found
+
+
+def larger_search_command(cfg: DictConfig) -> str:
+    """The command after a quick start: on its hardware and logger, and on the images given."""
+    kept = kept_overrides()
+    if not any(override.startswith("data=") for override in kept):
+        # What was said of the digits holds for no other images.
+        kept = [override for override in kept if not override.lstrip("+").startswith("data.")]
+    return command(f"experiment={cfg.next_experiment}", *kept)
 
 
 def next_command(cfg: DictConfig) -> str:

@@ -557,6 +557,12 @@ experiment=search_digits optimizer.schedule.num_epochs=-1
     optimizer.schedule.num_epochs=-1 must be at least 1
 experiment=search_digits supernet.channels=[
     Cannot read 'supernet.channels=['
+experiment=search_digits genotype=darts_v2
+    task=search takes no genotype, it is there to find one
+experiment=search_digits logger=null
+    A group takes a name, or a list of names, and nothing else: data=digits. Of loggers there may be
+search_cifar10
+    Cannot read 'search_cifar10': every word of a command is KEY=VALUE
 experiment=search_digits data.root=~/x
     is quoted, for Hydra and for the shell: "data.root='~/x'"
 experiment=search_digits supernet.channels=0
@@ -769,6 +775,23 @@ def test_what_the_next_command_needs_too() -> None:
     assert kept_overrides([*kept, *own]) == kept
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (["data.crop_padding=2", "hardware=cpu", "seed=3"], ["hardware=cpu"]),  # of the digits
+        (["data=image_folder", "data.root=here"], ["data=image_folder", "data.root=here"]),
+    ],
+)
+def test_what_follows_a_quick_start_keeps_hardware_and_the_images_given(
+    given: list[str], kept: list[str]
+) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", given, return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    following = shlex.split(tasks.larger_search_command(cfg))
+    assert following[2:] == ["experiment=search_cifar10", *kept]
+
+
 # Interruption: resume=auto, what was finished, what cannot be written
 
 
@@ -908,6 +931,18 @@ def test_without_a_next_experiment(command: Command) -> None:
     assert done.code == 0, done.error
     assert "Genotype: " in done.out
     assert "Next:" not in done.out
+
+
+def test_an_evaluation_of_another_config_is_not_told_to_go_on(command: Command) -> None:
+    """By ckpt_path=last, which it does not take."""
+    folder = Path("here")
+    folder.mkdir()
+    (folder / "config.yaml").write_text("seed: 1")
+    (folder / "result.yaml").write_text("test_accuracy: 0.5")
+    done = command("experiment=evaluate", "data=digits", "genotype=darts_v2", "ckpt_path=x.pt",
+                   "hydra.run.dir=here", "resume=auto")  # fmt: skip
+    assert "here holds a run of another config: " in done.error
+    assert done.error.endswith("differ. Choose another folder.\n")
 
 
 @pytest.mark.slow

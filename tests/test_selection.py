@@ -10,6 +10,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from dartsl import selection
+from dartsl.errors import UserError
 from dartsl.genotype import Genotype, published
 from dartsl.networks import FinalNetwork
 from dartsl.search_space import SearchSpace, random_genotype
@@ -190,6 +192,24 @@ def test_random_cells_are_of_the_space_that_was_searched(tmp_path: Path) -> None
     _, *drawn = candidates(tmp_path, f"run_dir={tmp_path}", "random_cells=8")
     assert set().union(*(each.genotype.primitives for each in drawn)) == set(primitives[1:])
     assert all(len(each.genotype.normal) == 6 for each in drawn)
+
+
+def test_more_random_cells_than_there_are_end_before_a_network_is_built_for_each(
+    tmp_path: Path, monkeypatch
+) -> None:
+    keep(tmp_path / "0", "darts_v1", {"task": "search"})
+    random_genotype(SearchSpace(), 0).save(tmp_path / "0" / "genotype.yaml")  # many are as large
+    built, build = [], selection._candidate
+
+    def noted(cfg: DictConfig, name: str, *args: Any, **options: Any) -> Candidate:
+        built.append(name)
+        return build(cfg, name, *args, **options)
+
+    monkeypatch.setattr(selection, "_MAX_DRAWS", 9)
+    monkeypatch.setattr(selection, "_candidate", noted)
+    with pytest.raises(UserError, match=r"Of 9 random cells only [1-9] have .* random_cells=10\."):
+        candidates(tmp_path, f"run_dir={tmp_path}", "random_cells=10")
+    assert built == ["0"]
 
 
 @pytest.mark.parametrize("nodes", [1, 3])

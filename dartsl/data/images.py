@@ -142,7 +142,8 @@ class FileImages:
         """All files decoded; needs a common size."""
         # Decoding a large file releases the interpreter's lock; with small ones threads only wait
         # for it (32×32 JPEGs, 2 cores: 0.11 ms each in one thread, 0.21 ms in several).
-        large = self.paths[0].stat().st_size > _LARGE_FILE_BYTES
+        first = self.paths[0]
+        large = first.is_file() and first.stat().st_size > _LARGE_FILE_BYTES  # else `decode` says
         with ThreadPoolExecutor(_DECODING_THREADS if large else 1) as pool:
             parts = pool.map(self._decode_part, range(0, len(self), _DECODING_PART))
             return torch.cat(list(parts))

@@ -330,6 +330,16 @@ def test_broken_image_is_named(
     assert not multiprocessing.active_children()
 
 
+def test_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+    """Also as the first of all images, whose size says how they are decoded."""
+    fill(tmp_path)
+    (tmp_path / "train" / "cat" / "!.png").symlink_to("nowhere.png")
+    write(tmp_path / "test" / "cat" / "fine.png")
+    data = ready(tmp_path, task="train", train_fraction=1.0)
+    with pytest.raises(UserError, match=r"^Cannot read the image .*!\.png: .* is gone; remove it"):
+        data.train_dataloader()
+
+
 def test_an_image_of_absurdly_many_pixels_is_no_broken_one(tmp_path: Path) -> None:
     (tmp_path / "huge.png").write_bytes(bomb())
     with pytest.raises(UserError, match=r"huge\.png has more than [\d,]{9,} pixels.*smaller"):
