@@ -61,8 +61,7 @@ def check_same_run(cfg: DictConfig) -> None:
             go_on = ""
         raise UserError(
             f"{folder} holds a run of another config: {', '.join(keys[:5])} "
-            f"{'differs' if len(keys) == 1 else 'differ'}. Choose another folder"
-            f"{go_on}."
+            f"{'differs' if len(keys) == 1 else 'differ'}. Choose another folder{go_on}."
         )
 
 

@@ -64,8 +64,8 @@ class FiniteSteps:
         if number >= MAX_SKIPPED_IN_A_ROW:
             raise UserError(
                 f"The gradients of {what} were not finite in the last {number} steps, which were "
-                "skipped: the run has diverged. Its last checkpoint is kept. Try a lower learning "
-                "rate (optimizer.weights.lr), or trainer.precision=32-true."
+                "skipped: the run has diverged. Its last checkpoint, if any, is kept. Try a lower "
+                "learning rate (optimizer.weights.lr), or trainer.precision=32-true."
             )
 
     def state_dict(self) -> dict[str, int]:
