@@ -97,6 +97,7 @@ CUSTOM: dict[str, Factory] = {
     "bias": dense(bias=True),
     "separable": lambda channels, stride, affine: Tripled(channels, 3, stride, affine),
     "identity": lambda channels, stride, affine: Halved(),
+    "nothing": lambda channels, stride, affine: nn.Sequential(),
 }
 
 
