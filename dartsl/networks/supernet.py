@@ -194,7 +194,8 @@ class Supernet(nn.Module):
         num_classes: size of the logits.
         in_channels: of the images.
         stem_multiplier: the stem has `stem_multiplier * channels` channels.
-        relaxation: alpha -> edge weights; each kind of cell gets a copy of its own.
+        relaxation: alpha -> edge weights; each kind of cell gets a copy of its own, which a method
+            `reset_parameters` of it draws anew.
         mixed_operation: factory(channels, stride, primitives, num_edges) of what the edges that
             leave a node compute.
         recompute: whether the backward pass computes cells again, to save memory.
@@ -312,10 +313,12 @@ class Supernet(nn.Module):
 
 
 def _fresh_copy(relaxation: nn.Module) -> nn.Module:
-    """A copy whose own parameters are drawn anew, so that the two kinds of cell start apart."""
+    """A copy whose parameters are drawn anew, so that the two kinds of cell start apart.
+
+    Only by a method of its own: layers within it would undo what it has made of them.
+    """
     fresh = copy.deepcopy(relaxation)
-    for module in fresh.modules():
-        reset: Callable[[], None] | None = getattr(module, "reset_parameters", None)
-        if reset is not None:
-            reset()
+    reset: Callable[[], None] | None = getattr(fresh, "reset_parameters", None)
+    if reset is not None:
+        reset()
     return fresh

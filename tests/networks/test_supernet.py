@@ -396,6 +396,32 @@ def test_a_relaxations_parameters_are_searched_and_each_kind_has_its_own() -> No
     assert not {id(first), id(second)} & {id(weight) for weight in supernet.weight_parameters()}
 
 
+class Mixing(nn.Module):
+    """A relaxation that mixes the primitives by a layer, and begins with none mixed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        nn.init.eye_(self.layer.weight)
+
+    def forward(self, alpha: Tensor) -> Tensor:
+        return torch.softmax(self.layer(alpha), dim=-1)
+
+
+class Drawn(Mixing):
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.layer.weight, std=1e-3)
+
+
+def test_a_relaxation_begins_as_it_says() -> None:
+    """Its own `reset_parameters` draws it anew, those of layers that it has set up do not."""
+    kept = small(relaxation=Mixing()).relaxations
+    assert all(torch.equal(each.layer.weight, torch.eye(4)) for each in kept.values())
+    first, second = (each.layer.weight for each in small(relaxation=Drawn()).relaxations.values())
+    assert max(first.abs().max(), second.abs().max()) < 1e-2
+    assert not torch.equal(first, second)
+
+
 def test_strengths_are_read_in_evaluation_mode() -> None:
     supernet = small(relaxation=Scaled()).train()
     normal = supernet.arch_parameters()[0].detach()
