@@ -73,8 +73,8 @@ class MixedOperation(nn.Module):
         skips: list[Any] = [op for op in weights_of if isinstance(op, nn.Identity)]
         pools = [op for op in weights_of if isinstance(op, NormalizedPool)]
         shares = can_share(skips + pools, x, [weights_of[op] for op in skips + pools])
-        if not (shares or self.training):
-            pools = []  # whose running statistics are each edge's own
+        if not (shares or all(norm.training for _, norm in pools)):
+            pools = []  # in evaluation, whose running statistics are each edge's own
         shared = skips + pools
         columns = [weights_of[op] for op in shared]
         # 'none' adds exactly 0, its weight has gradient 0: it acts through Eq. 2 alone.
@@ -262,8 +262,9 @@ class Supernet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, num_classes] of images [B, in_channels, H, W]."""
-        if self.training and self.merged_norms:
-            torch._foreach_add_([norm.num_batches_tracked for norm in self.merged_norms], 1)
+        counters = [norm.num_batches_tracked for norm in self.merged_norms if norm.training]
+        if counters:
+            torch._foreach_add_(counters, 1)
         weights = {kind: self.relaxations[kind](alpha) for kind, alpha in self.alphas.items()}
         output = self.stem(x.contiguous(memory_format=torch.channels_last))
         # Two cells read every output, both through a ReLU: it is taken once.
