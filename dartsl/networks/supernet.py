@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dartsl.batch_norm import following_together
+from dartsl.errors import UserError
 from dartsl.genotype import Genotype
 from dartsl.networks.layout import check_sizes, preprocess_previous_previous, reduction_cells
 from dartsl.networks.merged import (
@@ -201,7 +202,7 @@ class Supernet(nn.Module):
         recompute: whether the backward pass computes cells again, to save memory.
 
     Raises:
-        UserError: for a size below 1.
+        UserError: for a size below 1, and a relaxation that is no module.
     """
 
     def __init__(
@@ -232,7 +233,10 @@ class Supernet(nn.Module):
             {kind: nn.Parameter(ALPHA_INIT_STD * torch.randn(shape)) for kind in CELL_KINDS}
         )
         self.relaxations = nn.ModuleDict(
-            {kind: _fresh_copy(relaxation or Softmax()) for kind in CELL_KINDS}
+            {
+                kind: _fresh_copy(Softmax() if relaxation is None else relaxation)
+                for kind in CELL_KINDS
+            }
         )
         width = stem_multiplier * channels
         self.stem = nn.Sequential(
@@ -265,7 +269,7 @@ class Supernet(nn.Module):
         counters = [norm.num_batches_tracked for norm in self.merged_norms if norm.training]
         if counters:
             torch._foreach_add_(counters, 1)
-        weights = {kind: self.relaxations[kind](alpha) for kind, alpha in self.alphas.items()}
+        weights = self.edge_weights()
         output = self.stem(x.contiguous(memory_format=torch.channels_last))
         # Two cells read every output, both through a ReLU: it is taken once.
         s0 = s1 = F.relu(output)
@@ -298,13 +302,24 @@ class Supernet(nn.Module):
         arch = {id(parameter) for parameter in self.arch_parameters()}
         return [parameter for parameter in self.parameters() if id(parameter) not in arch]
 
+    def edge_weights(self) -> dict[str, Tensor]:
+        """Edge weights [E, P] of both kinds of cell, as a pass computes with them; differentiable.
+
+        Raises:
+            UserError: where a relaxation gives something else.
+        """
+        weights = {kind: self.relaxations[kind](alpha) for kind, alpha in self.alphas.items()}
+        for kind, alpha in self.alphas.items():
+            _check_weights(weights[kind], alpha)
+        return weights
+
     @torch.no_grad()
     def strengths(self) -> dict[str, Tensor]:
         """Edge weights [E, P] of both kinds of cell, the relaxation in evaluation mode."""
         training = self.relaxations.training
         self.relaxations.eval()
         try:
-            return {kind: self.relaxations[kind](alpha) for kind, alpha in self.alphas.items()}
+            return self.edge_weights()
         finally:
             self.relaxations.train(training)
 
@@ -313,11 +328,28 @@ class Supernet(nn.Module):
         return discretize(self.strengths(), self.space)
 
 
+def _check_weights(weights: Any, alpha: Tensor) -> None:
+    """Raise a UserError where a relaxation's answer is not as many real numbers as alpha."""
+    if not isinstance(weights, Tensor):
+        found = f"a {type(weights).__name__}"
+    elif weights.shape != alpha.shape or not weights.is_floating_point():
+        found = f"{list(weights.shape)} of {weights.dtype}"
+    else:
+        return
+    raise UserError(
+        f"The relaxation gives {found}, not edge weights {list(alpha.shape)} of {alpha.dtype}."
+    )
+
+
 def _fresh_copy(relaxation: nn.Module) -> nn.Module:
     """A copy whose parameters are drawn anew, so that the two kinds of cell start apart.
 
     Only by a method of its own: layers within it would undo what it has made of them.
     """
+    if not isinstance(relaxation, nn.Module):
+        raise UserError(
+            f"The relaxation is {relaxation!r}; it is an nn.Module, alpha -> edge weights."
+        )
     fresh = copy.deepcopy(relaxation)
     reset: Callable[[], None] | None = getattr(fresh, "reset_parameters", None)
     if reset is not None:
