@@ -37,7 +37,11 @@ class Stages(Protocol):
     """How supernet and schedule change during a search."""
 
     def enter(self, module: "SearchModule", epoch: int) -> None:
-        """Put `module` into the state of `epoch`; called before every batch of it."""
+        """Put `module` into the state of `epoch`; called before every batch of it.
+
+        And once more where a run goes on behind an epoch's last batch, for its validation: so the
+        state is a function of the epoch, not of how often this was called.
+        """
 
 
 class SearchModule(ResumableModule):
