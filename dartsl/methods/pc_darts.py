@@ -73,6 +73,9 @@ class EdgeNormalizedSoftmax(nn.Module):
 
     Args:
         num_intermediate_nodes: node i has i + 2 edges.
+
+    Raises:
+        UserError: in a pass, for the alpha of a cell with another number of nodes.
     """
 
     def __init__(self, num_intermediate_nodes: int = 4) -> None:
@@ -87,6 +90,11 @@ class EdgeNormalizedSoftmax(nn.Module):
 
     def forward(self, alpha: Tensor) -> Tensor:
         """Edge weights [E, P] of alpha [E, P]; the weights of a node's edges sum to 1."""
+        if len(alpha) != len(self.beta):
+            raise UserError(
+                f"A cell of num_intermediate_nodes={len(self.edges_per_node)} has {len(self.beta)} "
+                f"edges, but alpha has {len(alpha)}: give edge normalisation the search space's."
+            )
         shares = [torch.softmax(beta, dim=0) for beta in self.beta.split(self.edges_per_node)]
         return torch.softmax(alpha, dim=-1) * torch.cat(shares)[:, None]
 

@@ -37,7 +37,11 @@ class Stages(Protocol):
     """How supernet and schedule change during a search."""
 
     def enter(self, module: "SearchModule", epoch: int) -> None:
-        """Put `module` into the state of `epoch`; called before every batch of it."""
+        """Put `module` into the state of `epoch`; called before every batch of it.
+
+        And once more where a run goes on behind an epoch's last batch, for its validation: so the
+        state is a function of the epoch, not of how often this was called.
+        """
 
 
 class SearchModule(ResumableModule):
@@ -55,7 +59,8 @@ class SearchModule(ResumableModule):
         arch_optimizer: partial over the list of alphas (Adam in the paper).
         schedule: epoch -> learning rate of the weights; None leaves it alone.
         gradient_clip: norm to which the gradients of the weights (not of alpha) are clipped.
-        penalty: a scalar term of the loss that alpha descends, as a function of the supernet.
+        penalty: a scalar term of the loss that alpha descends, as a function of the supernet, for
+            example of its `edge_weights()` (what `strengths()` gives has no gradients).
         selection: how a genotype is read from the supernet.
         stages: how supernet and schedule change during the search.
 
@@ -110,8 +115,10 @@ class SearchModule(ResumableModule):
         optimizer, steps = self.trainer.optimizers[1], self.finite_steps[1]
         optimizer.zero_grad()  # a hypergradient may add to what it finds
         gradients = self.hypergradient(self.bilevel_problem(train, val))
+        check_gradients(gradients, steps.parameters)
         for alpha, gradient in zip(steps.parameters, gradients, strict=True):
-            alpha.grad = torch.empty_like(alpha).copy_(gradient)  # as fused optimizers need it
+            if alpha.requires_grad:  # what a stage has frozen is passed by, its weight decay too
+                alpha.grad = torch.empty_like(alpha).copy_(gradient)  # as fused optimizers need it
         self.tell_scaler(optimizer)
         steps.admit()
         # Not through Lightning's wrapper: one batch is one global_step.
@@ -182,7 +189,7 @@ class SearchModule(ResumableModule):
         scaler = self.scaler()
         if scaler is not None:
             for alpha in self.finite_steps[1].parameters:
-                alpha.grad = scaler.scale(cast(Tensor, alpha.grad))
+                alpha.grad = None if alpha.grad is None else scaler.scale(alpha.grad)
             scaler.unscale_(optimizer)
 
     def loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -263,6 +270,19 @@ class SearchModule(ResumableModule):
             skips = count_skips(getattr(genotype, kind))
             self.log_epoch(f"alpha/{kind}_", {"entropy": edge_entropies(strengths).mean()})
             self.log_epoch(f"alpha/{kind}_", {"skip_connections": float(skips)})
+
+
+def check_gradients(gradients: Sequence[Any], alphas: Sequence[Tensor]) -> None:
+    """Raise a UserError where a hypergradient gives anything but a gradient for each alpha."""
+    found, expected = (
+        [str(list(each.shape)) if isinstance(each, Tensor) else repr(each) for each in tensors]
+        for tensors in (gradients, alphas)
+    )
+    if found != expected:
+        raise UserError(
+            f"The hypergradient gives {', '.join(found) or 'nothing'} for gradients; it gives one "
+            f"for each alpha, {', '.join(expected)}."
+        )
 
 
 def edge_entropies(strengths: Tensor) -> Tensor:

@@ -393,6 +393,7 @@ def is_chain(operation: nn.Module) -> bool:
     return (
         type(operation) is nn.Sequential
         and all(type(layer) in CHAIN_LAYERS and _is_merged(layer) for layer in operation)
+        and len(operation) > 0  # an empty one changes nothing
         and isinstance(operation[0], nn.ReLU)
         and isinstance(operation[-1], nn.BatchNorm2d)
     )

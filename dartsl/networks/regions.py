@@ -59,26 +59,31 @@ def compile_regions(
 def recomputed(cell: nn.Module, *inputs: Any) -> Tensor:
     """`cell(*inputs)`, of which only the inputs are kept for the backward pass (arXiv:1604.06174).
 
-    The backward pass computes the cell once more, with the same random numbers. Running statistics
-    count the first time alone.
+    The backward pass computes the cell once more, with the same random numbers and buffers. What
+    happens to buffers then does not count, so that running statistics count the first time alone.
     """
     return checkpoint(
         cell,
         *inputs,
         use_reentrant=False,
-        context_fn=lambda: (contextlib.nullcontext(), _Unchanged(cell.buffers())),
+        context_fn=lambda: (contextlib.nullcontext(), _AsBefore(cell.buffers())),
     )
 
 
-class _Unchanged:
-    """Within: buffers may change; after: they are as before. Entered in every backward pass."""
+class _AsBefore:
+    """Within: buffers are as they were when this was made; after: as before it was entered.
+
+    Entered in every backward pass.
+    """
 
     def __init__(self, buffers: Iterable[Tensor]) -> None:
         # Beside autograd, which would take the change for one of what it has kept.
         self.buffers = [buffer.data for buffer in buffers]
+        self.first = [buffer.clone() for buffer in self.buffers]
 
     def __enter__(self) -> None:
         self.saved = [buffer.clone() for buffer in self.buffers]
+        torch._foreach_copy_(self.buffers, self.first)
 
     def __exit__(self, *_: object) -> None:
         torch._foreach_copy_(self.buffers, self.saved)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dartsl.batch_norm import following_together
+from dartsl.errors import UserError
 from dartsl.genotype import Genotype
 from dartsl.networks.layout import check_sizes, preprocess_previous_previous, reduction_cells
 from dartsl.networks.merged import (
@@ -73,8 +74,8 @@ class MixedOperation(nn.Module):
         skips: list[Any] = [op for op in weights_of if isinstance(op, nn.Identity)]
         pools = [op for op in weights_of if isinstance(op, NormalizedPool)]
         shares = can_share(skips + pools, x, [weights_of[op] for op in skips + pools])
-        if not (shares or self.training):
-            pools = []  # whose running statistics are each edge's own
+        if not (shares or all(norm.training for _, norm in pools)):
+            pools = []  # in evaluation, whose running statistics are each edge's own
         shared = skips + pools
         columns = [weights_of[op] for op in shared]
         # 'none' adds exactly 0, its weight has gradient 0: it acts through Eq. 2 alone.
@@ -194,13 +195,14 @@ class Supernet(nn.Module):
         num_classes: size of the logits.
         in_channels: of the images.
         stem_multiplier: the stem has `stem_multiplier * channels` channels.
-        relaxation: alpha -> edge weights; each kind of cell gets a copy of its own.
+        relaxation: alpha -> edge weights; each kind of cell gets a copy of its own, which a method
+            `reset_parameters` of it draws anew.
         mixed_operation: factory(channels, stride, primitives, num_edges) of what the edges that
             leave a node compute.
         recompute: whether the backward pass computes cells again, to save memory.
 
     Raises:
-        UserError: for a size below 1.
+        UserError: for a size below 1, and a relaxation that is no module.
     """
 
     def __init__(
@@ -231,7 +233,10 @@ class Supernet(nn.Module):
             {kind: nn.Parameter(ALPHA_INIT_STD * torch.randn(shape)) for kind in CELL_KINDS}
         )
         self.relaxations = nn.ModuleDict(
-            {kind: _fresh_copy(relaxation or Softmax()) for kind in CELL_KINDS}
+            {
+                kind: _fresh_copy(Softmax() if relaxation is None else relaxation)
+                for kind in CELL_KINDS
+            }
         )
         width = stem_multiplier * channels
         self.stem = nn.Sequential(
@@ -261,9 +266,10 @@ class Supernet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, num_classes] of images [B, in_channels, H, W]."""
-        if self.training and self.merged_norms:
-            torch._foreach_add_([norm.num_batches_tracked for norm in self.merged_norms], 1)
-        weights = {kind: self.relaxations[kind](alpha) for kind, alpha in self.alphas.items()}
+        counters = [norm.num_batches_tracked for norm in self.merged_norms if norm.training]
+        if counters:
+            torch._foreach_add_(counters, 1)
+        weights = self.edge_weights()
         output = self.stem(x.contiguous(memory_format=torch.channels_last))
         # Two cells read every output, both through a ReLU: it is taken once.
         s0 = s1 = F.relu(output)
@@ -296,13 +302,24 @@ class Supernet(nn.Module):
         arch = {id(parameter) for parameter in self.arch_parameters()}
         return [parameter for parameter in self.parameters() if id(parameter) not in arch]
 
+    def edge_weights(self) -> dict[str, Tensor]:
+        """Edge weights [E, P] of both kinds of cell, as a pass computes with them; differentiable.
+
+        Raises:
+            UserError: where a relaxation gives something else.
+        """
+        weights = {kind: self.relaxations[kind](alpha) for kind, alpha in self.alphas.items()}
+        for kind, alpha in self.alphas.items():
+            _check_weights(weights[kind], alpha)
+        return weights
+
     @torch.no_grad()
     def strengths(self) -> dict[str, Tensor]:
         """Edge weights [E, P] of both kinds of cell, the relaxation in evaluation mode."""
         training = self.relaxations.training
         self.relaxations.eval()
         try:
-            return {kind: self.relaxations[kind](alpha) for kind, alpha in self.alphas.items()}
+            return self.edge_weights()
         finally:
             self.relaxations.train(training)
 
@@ -311,11 +328,30 @@ class Supernet(nn.Module):
         return discretize(self.strengths(), self.space)
 
 
+def _check_weights(weights: Any, alpha: Tensor) -> None:
+    """Raise a UserError where a relaxation's answer is not as many real numbers as alpha."""
+    if not isinstance(weights, Tensor):
+        found = f"a {type(weights).__name__}"
+    elif weights.shape != alpha.shape or not weights.is_floating_point():
+        found = f"{list(weights.shape)} of {weights.dtype}"
+    else:
+        return
+    raise UserError(
+        f"The relaxation gives {found}, not edge weights {list(alpha.shape)} of {alpha.dtype}."
+    )
+
+
 def _fresh_copy(relaxation: nn.Module) -> nn.Module:
-    """A copy whose own parameters are drawn anew, so that the two kinds of cell start apart."""
+    """A copy whose parameters are drawn anew, so that the two kinds of cell start apart.
+
+    Only by a method of its own: layers within it would undo what it has made of them.
+    """
+    if not isinstance(relaxation, nn.Module):
+        raise UserError(
+            f"The relaxation is {relaxation!r}; it is an nn.Module, alpha -> edge weights."
+        )
     fresh = copy.deepcopy(relaxation)
-    for module in fresh.modules():
-        reset: Callable[[], None] | None = getattr(module, "reset_parameters", None)
-        if reset is not None:
-            reset()
+    reset: Callable[[], None] | None = getattr(fresh, "reset_parameters", None)
+    if reset is not None:
+        reset()
     return fresh

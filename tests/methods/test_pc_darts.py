@@ -297,6 +297,11 @@ def test_the_search_is_the_literal_search_with_a_warm_up(unrolled) -> None:
         assert (state[key] - value).abs().max() < 1e-9, key
 
 
+def test_edge_normalisation_of_another_number_of_nodes_is_refused() -> None:
+    with pytest.raises(UserError, match="num_intermediate_nodes=4 has 14 edges, but alpha has 9"):
+        EdgeNormalizedSoftmax(4)(torch.zeros(9, 8))
+
+
 @pytest.mark.parametrize("num_epochs", [0, 1, 2])
 def test_alpha_is_left_alone_in_the_warm_up_and_the_weights_are_not(num_epochs) -> None:
     _, supernet = pair_of()

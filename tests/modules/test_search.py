@@ -656,6 +656,43 @@ def test_what_is_frozen_stays_and_the_others_move(hypergradient) -> None:
     assert furthest(supernet.cells.parameters(), others) > 0
 
 
+class Freezing:
+    """Alpha of the normal cells moves in the first epoch alone."""
+
+    def enter(self, module: SearchModule, epoch: int) -> None:
+        module.supernet.alphas["normal"].requires_grad_(epoch < 1)
+
+
+@pytest.mark.parametrize("hypergradient", [FirstOrder(), Unrolled()])
+def test_what_a_stage_freezes_stays(hypergradient) -> None:
+    """Neither weight decay nor what Adam remembers moves it."""
+    c, recorder = case(), Recorder()
+    supernet = same_supernet(c, literal_network(c))
+    module = SearchModule(supernet, hypergradient, SGD, ADAM, stages=Freezing())
+    fit(module, random_batches(c), max_epochs=2, callbacks=[recorder])
+    begun, *_, ended = recorder.alphas[1:]
+    assert torch.equal(begun[0], ended[0])
+    assert furthest(begun[1:], ended[1:]) > 1e-6
+    assert furthest(recorder.alphas[0], begun) > 1e-6
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda gradients: gradients[:1],
+        lambda gradients: [None, gradients[1]],
+        lambda gradients: [gradient[:1] for gradient in gradients],  # copy_ would spread it
+    ],
+    ids=["one", "none", "a row"],
+)
+def test_a_hypergradient_gives_a_gradient_for_every_alpha(wrong) -> None:
+    c = case()
+    supernet = same_supernet(c, literal_network(c))
+    module = SearchModule(supernet, lambda problem: wrong(FirstOrder()(problem)), SGD, ADAM)
+    with pytest.raises(UserError, match=r"one for each alpha, \[5, 5\], \[5, 5\]"):
+        fit(module, random_batches(c))
+
+
 def test_a_hypergradient_may_leave_gradients_where_it_computes_them() -> None:
     """As the official architect does, by `backward`."""
 

@@ -97,6 +97,7 @@ CUSTOM: dict[str, Factory] = {
     "bias": dense(bias=True),
     "separable": lambda channels, stride, affine: Tripled(channels, 3, stride, affine),
     "identity": lambda channels, stride, affine: Halved(),
+    "nothing": lambda channels, stride, affine: nn.Sequential(),
 }
 
 
@@ -178,6 +179,25 @@ def test_a_convolution_with_a_norm_by_hooks_is_run_for_each_edge(norm, monkeypat
     logits = supernet_of("normed")(torch.randn(2, 3, 8, 8))
     assert logits.shape == (2, 3)
     assert logits.isfinite().all()
+
+
+def test_norms_that_are_kept_in_evaluation_use_their_running_statistics() -> None:
+    """Frozen, as by a search that goes on from trained weights."""
+    torch.manual_seed(0)
+    mixed = MixedOperation(CHANNELS, 1, ("max_pool_3x3", "avg_pool_3x3", "sep_conv_3x3"), EDGES)
+    mixed.double()
+    weights = random(EDGES, 3)
+    mixed(random(4, CHANNELS, 6, 6), weights)
+    norms = [module for module in mixed.modules() if hasattr(module, "running_mean")]
+    for norm in norms:
+        norm.eval()
+    before = [norm.running_mean.clone() for norm in norms]
+    x = random(4, CHANNELS, 5, 5)
+    found = mixed(x, weights)
+    for output, expected in zip(found, mixed.eval()(x, weights), strict=True):
+        assert torch.allclose(output, expected)
+    after = [norm.running_mean for norm in norms]
+    assert all(map(torch.equal, after, before))
 
 
 def test_each_form_of_a_source_is_computed_once() -> None:

@@ -12,6 +12,7 @@ from dartsl.genotype import published
 from dartsl.hypergradient import exact_product, held_constant
 from dartsl.networks import FinalNetwork, Supernet
 from dartsl.networks.regions import compile_regions
+from dartsl.operations import OPERATIONS
 from dartsl.search_space import SearchSpace
 
 PRIMITIVES = ("none", "max_pool_3x3", "skip_connect", "sep_conv_3x3", "dil_conv_5x5")
@@ -64,6 +65,34 @@ def test_cells_computed_twice_give_the_same_bits(build) -> None:
     expected, actual = step(plain), step(again)
     assert actual.keys() == expected.keys()
     assert all(torch.equal(actual[name], value) for name, value in expected.items())
+
+
+class FollowingMean(nn.Module):
+    """A primitive whose output reads a buffer that it changes, as spectral_norm's weight does."""
+
+    def __init__(self, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride, 1)
+        self.register_buffer("mean", torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.mean.lerp_(x.mean((0, 2, 3)), 0.5)
+        return torch.tanh(self.conv(x) - self.mean.clone().view(-1, 1, 1))
+
+
+def test_cells_computed_twice_read_the_buffers_of_the_first_time(monkeypatch) -> None:
+    name = "following"
+    monkeypatch.setitem(OPERATIONS, name, lambda c, stride, affine: FollowingMean(c, stride))
+    found = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        space = SearchSpace((name, "skip_connect"), 2)
+        network = Supernet(space, 4, 3, 5, recompute=recompute).double()
+        found.append([step(network), step(network)])
+    for once, twice in zip(*found, strict=True):
+        assert all(torch.equal(tensor, twice[key]) for key, tensor in once.items())
 
 
 @pytest.mark.parametrize("build", [supernet, final])

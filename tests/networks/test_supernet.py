@@ -396,6 +396,78 @@ def test_a_relaxations_parameters_are_searched_and_each_kind_has_its_own() -> No
     assert not {id(first), id(second)} & {id(weight) for weight in supernet.weight_parameters()}
 
 
+class Mixing(nn.Module):
+    """A relaxation that mixes the primitives by a layer, and begins with none mixed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        nn.init.eye_(self.layer.weight)
+
+    def forward(self, alpha: Tensor) -> Tensor:
+        return torch.softmax(self.layer(alpha), dim=-1)
+
+
+class Drawn(Mixing):
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.layer.weight, std=1e-3)
+
+
+class OneHot(nn.Module):
+    def forward(self, alpha: Tensor) -> Tensor:
+        return nn.functional.one_hot(alpha.argmax(dim=-1), alpha.shape[1])
+
+
+class Nothing(nn.Module):
+    def forward(self, alpha: Tensor) -> None:
+        return None
+
+
+def test_a_relaxation_begins_as_it_says() -> None:
+    """Its own `reset_parameters` draws it anew, those of layers that it has set up do not."""
+    kept = small(relaxation=Mixing()).relaxations
+    assert all(torch.equal(each.layer.weight, torch.eye(4)) for each in kept.values())
+    first, second = (each.layer.weight for each in small(relaxation=Drawn()).relaxations.values())
+    assert max(first.abs().max(), second.abs().max()) < 1e-2
+    assert not torch.equal(first, second)
+
+
+def test_an_empty_relaxation_is_none_of_the_defaults() -> None:
+    supernet = small(relaxation=nn.Sequential())
+    assert torch.equal(supernet.strengths()["normal"], supernet.alphas["normal"])
+
+
+@pytest.mark.parametrize("relaxation", [torch.sigmoid, Softmax])
+def test_a_relaxation_is_a_module(relaxation) -> None:
+    with pytest.raises(UserError, match=r"The relaxation is .*; it is an nn\.Module"):
+        small(relaxation=relaxation)
+
+
+@pytest.mark.parametrize(
+    ("relaxation", "found"),
+    [
+        (nn.Linear(4, 3), r"\[5, 3\] of torch\.float32"),
+        (OneHot(), r"\[5, 4\] of torch\.int64"),
+        (Nothing(), "a NoneType"),
+    ],
+)
+def test_a_relaxation_gives_weights_of_alphas_shape(relaxation, found) -> None:
+    supernet, message = small(relaxation=relaxation), f"gives {found}, not edge weights"
+    with pytest.raises(UserError, match=message):
+        supernet(torch.randn(2, 3, 8, 8))
+    with pytest.raises(UserError, match=message):
+        supernet.genotype()
+
+
+def test_edge_weights_are_those_of_a_pass() -> None:
+    """And have gradients, for penalties."""
+    supernet = small(relaxation=Scaled())
+    assert not supernet.edge_weights()["normal"].any()
+    weights = supernet.eval().edge_weights()
+    assert torch.equal(weights["reduce"], supernet.strengths()["reduce"])
+    assert weights["reduce"].requires_grad
+
+
 def test_strengths_are_read_in_evaluation_mode() -> None:
     supernet = small(relaxation=Scaled()).train()
     normal = supernet.arch_parameters()[0].detach()
