@@ -335,9 +335,12 @@ def plain(primitives: tuple[str, ...] = ("avg_pool_3x3", "max_pool_3x3"), stride
 
 
 def by_modules(mixed: MixedOperation, x: Tensor, weights: Tensor) -> list[Tensor]:
-    """What its pools give to every edge, by the batch's statistics."""
-    pools = [single(x) for single, _ in mixed.operations]
-    maps = [F.batch_norm(single, None, None, training=True) for single in pools]
+    """What its pools give to every edge; a norm in evaluation by its running statistics."""
+    maps = []
+    for single, norm in mixed.operations:
+        running = norm.running_mean[: x.shape[1]], norm.running_var[: x.shape[1]]
+        given = (None, None) if norm.training else running
+        maps.append(F.batch_norm(single(x), *given, training=norm.training))
     return [sum(w * one for w, one in zip(row, maps, strict=True)) for row in weights]
 
 
@@ -355,15 +358,15 @@ def change(mixed: MixedOperation, why: str) -> None:
         highest.kernel_size, highest.padding = 5, 2
     elif why == "synchronized":
         norm.synchronized = True  # with nobody: of one process
-    elif why == "norms in evaluation":
-        norm.eval()
+    elif why == "a norm in evaluation":
+        norm.eval().running_mean.fill_(0.5)
 
 
 @pytest.mark.parametrize(
     "why",
     [
         *("a hook", "another type", "ceil mode", "padding counts", "another kernel"),
-        *("synchronized", "norms in evaluation", "autocast", "half", "two of a kind"),
+        *("synchronized", "a norm in evaluation", "autocast", "half", "two of a kind"),
     ],
 )
 def test_whatever_the_pools_are_they_are_weighed(each_code, why) -> None:
