@@ -1,7 +1,7 @@
 """Several processes find what one finds: gloo processes on this machine, in float64.
 
-A process of its own runs each group of ranks, since it forks; `python -c` calls a function of this
-file there.
+A process of its own runs the groups of ranks, one after the other, since it forks; `python -c`
+calls functions of this file there.
 """
 
 import itertools
@@ -148,12 +148,11 @@ def train() -> None:
 
 
 def in_own_process(call: str, folder: Path) -> str:
-    """Runs a call of a function of this file, and stops it where it hangs; returns stderr."""
+    """Runs calls of functions of this file, and stops them where they hang; returns stderr."""
     folder.mkdir(exist_ok=True)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    name = call.split("(", maxsplit=1)[0]
     done = subprocess.run(
-        [sys.executable, "-c", f"from tests.test_distributed import {name}; {call}"],
+        [sys.executable, "-c", f"from tests.test_distributed import *; {call}"],
         cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -161,11 +160,21 @@ def in_own_process(call: str, folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with what all groups of ranks that fork have written.
+
+    In one process: another would import for ten seconds.
+    """
+    folder = tmp_path_factory.mktemp("written")
+    calls = "train(), drift(), exchange(), resume(), evaluate(1, 359), evaluate(2, 179)"
+    in_own_process(calls, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(written: Path) -> dict[str, torch.Tensor]:
     """The parameters of all ranks, by the name of their file."""
-    folder = tmp_path_factory.mktemp("found")
-    in_own_process("train()", folder)
-    return {path.stem: torch.load(path, weights_only=True) for path in folder.glob("*.pt")}
+    return {path.stem: torch.load(path, weights_only=True) for path in written.glob("*-*.pt")}
 
 
 @pytest.mark.slow
@@ -225,10 +234,9 @@ def drift() -> None:
 
 
 @pytest.mark.slow
-def test_a_search_whose_processes_drift_apart_stops(tmp_path: Path) -> None:
-    in_own_process("drift()", tmp_path)
+def test_a_search_whose_processes_drift_apart_stops(written: Path) -> None:
     for what in ("alphas", "weights"):
-        assert f"the {what} differ from rank 0's" in (tmp_path / f"{what}.txt").read_text()
+        assert f"the {what} differ from rank 0's" in (written / f"{what}.txt").read_text()
 
 
 # Exchanges
@@ -273,11 +281,12 @@ def _exchange(rank: int, meeting_point: Path) -> None:
     check_replicas(tensors, "numbers")
     assert tensors[1] == 7
     dist.destroy_process_group()
+    Path(f"exchanged-by-{rank}").touch()
 
 
 @pytest.mark.slow
-def test_exchanges(tmp_path: Path) -> None:
-    in_own_process("exchange()", tmp_path)
+def test_exchanges(written: Path) -> None:
+    assert len(list(written.glob("exchanged-by-*"))) == 2
 
 
 # Checkpoints and evaluation
@@ -335,17 +344,16 @@ def resume() -> None:
 
 
 @pytest.mark.slow
-def test_a_resume_within_an_epoch(tmp_path: Path) -> None:
+def test_a_resume_within_an_epoch(written: Path) -> None:
     """Its metrics are those of all processes, however many go on."""
-    in_own_process("resume()", tmp_path)
-    epochs, parameters = torch.load(tmp_path / "whole.pt", weights_only=True)
+    epochs, parameters = torch.load(written / "whole.pt", weights_only=True)
     assert {"search/train_loss", "search/val_accuracy"} <= set(epochs[-1])
     for name, tolerance in (("two", 0), ("one", 1e-10)):
-        epochs_resumed, resumed = torch.load(tmp_path / f"{name}.pt", weights_only=True)
+        epochs_resumed, resumed = torch.load(written / f"{name}.pt", weights_only=True)
         assert (resumed - parameters).abs().max() <= tolerance
         for found, expected in zip(epochs_resumed[-2:], epochs[-2:], strict=True):
             assert found == pytest.approx(expected, rel=1e-6 if name == "one" else 0, abs=0)
-    error = (tmp_path / "error.txt").read_text()
+    error = (written / "error.txt").read_text()
     assert "batches of 8 images, these are of 4" in error
 
 
@@ -364,10 +372,9 @@ def evaluate(processes: int, batch_size: int) -> None:
 
 
 @pytest.mark.slow
-def test_uneven_shares_are_evaluated_exactly(tmp_path: Path) -> None:
+def test_uneven_shares_are_evaluated_exactly(written: Path) -> None:
     """359 images: rank 0 has a batch more than rank 1."""
-    in_own_process("evaluate(1, 359), evaluate(2, 179)", tmp_path)
-    alone, shared = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
+    alone, shared = (torch.load(written / f"{n}.pt", weights_only=True) for n in (1, 2))
     assert shared == pytest.approx(alone, rel=1e-6)
     assert shared["test/accuracy"] * 359 == pytest.approx(round(shared["test/accuracy"] * 359))
 
@@ -502,7 +509,6 @@ def test_the_processes_of_a_run_end_with_it(tmp_path: Path) -> None:
 # The command line
 
 TINY = ("hardware=ddp_cpu", "data.max_images=40", "trainer.max_epochs=1", "print_config=false")
-TINY_SEARCH = ("experiment=search_digits", *TINY, "search_space.num_intermediate_nodes=2")
 
 
 def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -513,23 +519,26 @@ def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_a_sweep_with_two_processes_a_job(tmp_path: Path) -> None:
-    """Each job runs once, in its own folder."""
-    search = (*TINY_SEARCH, "data.batch_size=8", "supernet.channels=4", "seed=0,1")
-    done = command(tmp_path, "-m", *search, "hydra.sweep.dir=here")
+def test_a_job_of_a_sweep_with_two_processes(tmp_path: Path) -> None:
+    """The quick start: each of its parts runs once, in its own folder."""
+    done = command(tmp_path, "-m", *TINY, "seed=3", "hydra.sweep.dir=here")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("epoch   1/1") == 2
-    for job in ("0", "1"):
-        assert done.stdout.count(f"Genotype: here/{job}/genotype.yaml") == 1
-        assert len(Genotype.load(tmp_path / "here" / job / "genotype.yaml").normal) == 4
-    assert sorted(path.name for path in tmp_path.rglob("last.ckpt*")) == ["last.ckpt"] * 2
+    assert done.stdout.count("Genotype: here/0/search/genotype.yaml") == 1
+    assert done.stdout.count("Test accuracy") == 1
+    assert len(Genotype.load(tmp_path / "here/0/search/genotype.yaml").normal) == 8
+    checkpoints = [path.relative_to(tmp_path) for path in sorted(tmp_path.rglob("last.ckpt*"))]
+    assert list(map(str, checkpoints)) == [
+        f"here/0/{part}/checkpoints/last.ckpt" for part in ("search", "train")
+    ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reached", ["first", "both"])
 def test_a_signal_ends_all_processes_after_a_whole_step(reached: str, tmp_path: Path) -> None:
     """Whether it reaches the first of them, or as Ctrl-C does all."""
-    search = (*TINY_SEARCH, "data.batch_size=4", "supernet.channels=2", "trainer.max_epochs=100",
+    search = ("experiment=search_digits", *TINY, "search_space.num_intermediate_nodes=2",
+              "data.batch_size=4", "supernet.channels=2", "trainer.max_epochs=100",
               "hydra.run.dir=here", "resume=auto")  # fmt: skip
     log = tmp_path / "log.txt"
     with log.open("w") as file:
@@ -556,15 +565,6 @@ def is_rank(pid: str) -> bool:
     """Whether this is a running process that another rank started; not its resource tracker."""
     command = Path(f"/proc/{pid}/cmdline")
     return command.exists() and b"spawn_main" in command.read_bytes()
-
-
-@pytest.mark.slow
-def test_the_quick_start_with_two_processes(tmp_path: Path) -> None:
-    done = command(tmp_path, *TINY, "hydra.run.dir=here")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("epoch   1/1") == 2
-    assert done.stdout.count("Test accuracy") == 1
-    assert len(list((tmp_path / "here").rglob("last.ckpt"))) == 2
 
 
 def test_state_dict_of_one_process_is_untouched() -> None:
