@@ -114,8 +114,11 @@ class AtomicCheckpoint(pl.callbacks.Checkpoint):
         self.signals = Signals()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take over the signals from Lightning, which would stop within a step."""
+        """Take over writing, and the signals from Lightning, which would stop within a step."""
         trainer.strategy.checkpoint_io = WholeCheckpoints()
+        if trainer.is_global_zero:
+            for part in self.folder.glob("*.part"):  # of runs that were killed as they wrote
+                part.unlink(missing_ok=True)
         self.signals.watch()
 
     def on_train_batch_end(

@@ -240,3 +240,10 @@ def test_a_second_interrupt_stops_at_once(tmp_path: Path) -> None:
     signal.signal(signal.SIGINT, before)
     assert end.value.code == 128 + signal.SIGINT
     assert not (tmp_path / "last.ckpt").exists()
+
+
+def test_what_killed_runs_left_of_a_checkpoint_is_removed(tmp_path: Path) -> None:
+    for number in (1, 2):
+        (tmp_path / f"next.ckpt.{number}.part").write_bytes(b"half of one")
+    search(AtomicCheckpoint(tmp_path), max_epochs=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "previous.ckpt"]

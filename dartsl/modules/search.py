@@ -274,14 +274,12 @@ class SearchModule(ResumableModule):
 
 def check_gradients(gradients: Sequence[Any], alphas: Sequence[Tensor]) -> None:
     """Raise a UserError where a hypergradient gives anything but a gradient for each alpha."""
-    found, expected = (
-        [str(list(each.shape)) if isinstance(each, Tensor) else repr(each) for each in tensors]
-        for tensors in (gradients, alphas)
-    )
+    found = [list(g.shape) if isinstance(g, Tensor) else repr(g) for g in gradients]
+    expected = [list(alpha.shape) for alpha in alphas]
     if found != expected:
         raise UserError(
-            f"The hypergradient gives {', '.join(found) or 'nothing'} for gradients; it gives one "
-            f"for each alpha, {', '.join(expected)}."
+            f"The hypergradient gives {', '.join(map(str, found)) or 'nothing'} for gradients; it "
+            f"gives one for each alpha, {', '.join(map(str, expected))}."
         )
 
 
